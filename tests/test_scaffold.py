@@ -1,0 +1,168 @@
+"""The scaffold keeps its promises: one place for each setting, pins that agree, an export that is checked."""
+import json
+import re
+import shutil
+import subprocess
+import tomllib
+from configparser import ConfigParser
+from importlib import metadata
+
+import pytest
+import render_environment
+import render_readme
+from check_export import check
+
+
+@pytest.fixture(scope="module")
+def settings(project):
+    config = ConfigParser(interpolation=None)
+    config.read(project / "settings.ini")
+    return config["DEFAULT"]
+
+
+@pytest.fixture(scope="module")
+def pyproject(project):
+    return tomllib.loads((project / "pyproject.toml").read_text())
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_pyproject_mirrors_settings(settings, pyproject):
+    table, nbdev = pyproject["project"], pyproject["tool"]["nbdev"]
+    assert table["name"] == settings["lib_name"]
+    assert table["requires-python"] == f">={settings['min_python']}"
+    assert table["urls"]["Repository"] == settings["git_url"]
+    assert [f"{name}={target}" for name, target in table["scripts"].items()] == settings["console_scripts"].split()
+    for key in ("lib_path", "nbs_path", "doc_path", "tst_flags"):
+        assert nbdev[key] == settings[key], key
+    assert nbdev["allowed_cell_metadata_keys"] == settings["allowed_cell_metadata_keys"].split()
+    for key in ("clean_ids", "put_version_in_init", "update_pyproject"):
+        assert str(nbdev[key]) == settings[key], key
+    assert settings["doc_host"] == "", "with a host, the two nbdev generations export different docstrings"
+
+
+def test_installed_metadata_is_what_settings_say(settings):
+    assert metadata.version("sahlora") == settings["version"]
+    asked = {normal(re.split(r"[ ;<>=]", line)[0]) for line in metadata.requires("sahlora")}
+    keys = ("requirements", "dev_requirements", "oracle_requirements")
+    assert asked == {normal(name) for key in keys for name in settings[key].split()}
+
+
+def test_versions_are_pinned_once(project, settings):
+    for key in ("requirements", "dev_requirements", "oracle_requirements"):
+        assert not re.search(r"[=<>~]", settings[key]), f"{key}: versions belong into constraints.txt"
+    assert (project / "environment.yml").read_text() == render_environment.render(), "run `make pins`"
+
+
+def test_constraints_are_what_is_installed():
+    pins = {normal(name): version for name, version in render_environment.pins().items()}
+    assert pins["torch"] == "2.13.0"
+    installed = {normal(dist.name): dist.version for dist in metadata.distributions()}
+    tools = {"sahlora", "pip", "setuptools", "wheel"}
+    wrong = {name: (version, pins.get(name)) for name, version in installed.items()
+             if name not in tools and pins.get(name) != version.partition("+")[0]}
+    assert not wrong, f"installed and pinned versions differ: {wrong}"
+
+
+def test_readme_is_rendered_from_index(project):
+    assert (project / "README.md").read_text() == render_readme.render(), "run `make readme`"
+
+
+def test_citation_names_the_version(project, settings):
+    assert f"version: {settings['version']}\n" in (project / "CITATION.cff").read_text()
+
+
+def test_notebooks_hold_no_error_and_no_long_cell(project):
+    for path in sorted((project / "nbs").rglob("*.ipynb")):
+        for i, cell in enumerate(json.loads(path.read_text())["cells"]):
+            where = f"{path.name} cell {i}"
+            if cell["cell_type"] == "code":
+                lines = [line for line in "".join(cell["source"]).splitlines() if line.strip()]
+                assert len(lines) <= 30, f"{where}: {len(lines)} lines"
+                assert all(output["output_type"] != "error" for output in cell["outputs"]), where
+
+
+@pytest.fixture(scope="module")
+def clone(project, tmp_path_factory):
+    "A clone of the last commit's notebooks and package, to be tampered with."
+    folder = tmp_path_factory.mktemp("clone") / "project"
+    for name in ("nbs", "sahlora"):
+        shutil.copytree(project / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("settings.ini", "pyproject.toml"):
+        shutil.copy(project / name, folder)
+    git(folder, "init", "--quiet")
+    commit(folder)
+    return folder
+
+
+def git(folder, *arguments):
+    return subprocess.run(["git", "-c", "user.name=test", "-c", "user.email=test@example.org", *arguments], cwd=folder,
+                          check=True, capture_output=True, text=True).stdout
+
+
+def commit(folder):
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "state")
+
+
+@pytest.fixture
+def pristine(clone):
+    yield clone
+    git(clone, "reset", "--hard", "--quiet")
+    git(clone, "clean", "-fdq")
+
+
+def test_an_untouched_clone_agrees(pristine):
+    assert check(pristine) == []
+
+
+def test_a_changed_character_is_found(pristine):
+    module = pristine / "sahlora/ct.py"
+    module.write_text(module.read_text().replace("1000", "1001", 1))
+    assert any("sahlora/ct.py: differs" in line for line in check(pristine))
+
+
+def test_a_stale_module_is_found(pristine):
+    (pristine / "sahlora/old.py").write_text("# AUTOGENERATED! DO NOT EDIT! File to edit: ../nbs/99_old.ipynb.\n")
+    found = check(pristine)
+    assert any("no notebook exports it" in line for line in found) and any("not tracked" in line for line in found)
+
+
+def test_an_uncommitted_export_is_found(pristine):
+    "The notebook is committed with a new cell, its module only lies in the folder."
+    path = pristine / "nbs/01_files.ipynb"
+    notebook = json.loads(path.read_text())
+    notebook["cells"].append({"cell_type": "code", "execution_count": None, "id": "added", "metadata": {}, "outputs": [],
+                              "source": ["#| export\n", "ADDED = 1"]})
+    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+    git(pristine, "commit", "--quiet", "--message", "notebook only", "nbs")
+    try:
+        subprocess.run(["nbdev-export"], cwd=pristine, check=True, capture_output=True)
+        assert any("last commit: sahlora/files.py: differs" in line for line in check(pristine))
+    finally:
+        git(pristine, "reset", "--hard", "--quiet", "HEAD~1")
+
+
+def test_an_unclean_notebook_is_found(pristine):
+    path = pristine / "nbs/01_files.ipynb"
+    notebook = json.loads(path.read_text())
+    notebook["cells"][2]["metadata"]["scrolled"] = True
+    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+    assert any("nbs/01_files.ipynb: differs" in line for line in check(pristine))
+
+
+def test_two_notebooks_never_export_one_module(project):
+    "nbdev lets the second overwrite the first in silence."
+    names = []
+    for path in (project / "nbs").glob("*.ipynb"):
+        names += re.findall(r"#\| default_exp (\S+)", "\n".join(
+            "".join(cell["source"]) for cell in json.loads(path.read_text())["cells"]))
+    assert len(names) == len(set(names))
+
+
+def test_import_sahlora_is_light(command):
+    done = command("python", "-X", "importtime", "-c", "import sahlora")
+    loaded = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert not loaded & {"torch", "numpy", "monai", "nibabel", "matplotlib"}

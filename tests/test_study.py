@@ -1,0 +1,101 @@
+"""Study files: every mistake is found before anything runs, and said with the right word."""
+import pytest
+import yaml
+
+from sahlora.study import check_parameters, code_hash, expand_runs, read_study
+
+
+@pytest.fixture
+def write(project, tmp_path):
+    content = yaml.safe_load((project / "paper/studies/smoke.yaml").read_text())
+
+    def change(path, value):
+        "The smoke study with one value set (or one key added) at a dotted path."
+        target = content
+        *parents, last = path.split(".")
+        for key in parents:
+            target = target[int(key) if key.isdigit() else key]
+        target[int(last) if last.isdigit() else last] = value
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+        return tmp_path / "mine.yaml"
+
+    return change
+
+
+@pytest.mark.parametrize("name", ["smoke", "ct-ich"])
+def test_committed_studies_are_right(project, name):
+    study = read_study(project / f"paper/studies/{name}.yaml")
+    assert study.study == name and expand_runs(study)
+
+
+@pytest.mark.parametrize("path, value, words", [
+    ("seed", [0], "did you mean 'seeds'"),
+    ("pretrain.step", 5, "pretrain.step: this key is unknown; did you mean 'steps'"),
+    ("target.kase", 5, "did you mean 'cases'"),
+    ("pretrain.learning_rate", "1e-3", "write 1.0e-3"),
+    ("pretrain.steps", 0, "greater than 0"),
+    ("pretrain.steps", 1.5, "pretrain.steps"),
+    ("folds", 1, "folds"),
+    ("source.layout", "dicom", "layout"),
+    ("source.kind", "trauma", "'tbi' or 'asah'"),
+    ("runs.2.method", "lora-cp", "did you mean"),
+    ("runs.2.regions", ["decoder"], "did you mean 'decoding'"),
+    ("runs.2.ranks", [8, 8], "stands in it twice"),
+    ("runs.2.ranks", [0], "greater than 0"),
+    ("network.levels", 0, "levels"),
+    ("network.name", "resnet", "multi-view-unet"),
+    ("study", "My Study", "study"),
+    ("precision", "fp8", "fp32"),
+])
+def test_mistakes_are_found_and_named(write, path, value, words):
+    with pytest.raises(ValueError) as error:
+        read_study(write(path, value))
+    assert words in str(error.value)
+
+
+def test_every_mistake_is_said_at_once(write):
+    write("pretrain.stepz", 1)
+    with pytest.raises(ValueError) as error:
+        read_study(write("folds", 1))
+    assert "stepz" in str(error.value) and "folds" in str(error.value)
+
+
+def test_an_unknown_study_lists_the_others(project):
+    with pytest.raises(FileNotFoundError, match="ct-ich, smoke"):
+        read_study(project / "paper/studies/smoek.yaml")
+
+
+def test_expansion_is_the_product(write):
+    study = read_study(write("runs", [{"method": "none", "ranks": [1, 2]},
+                                      {"method": "fine-tuning", "regions": ["all", "deep"], "ranks": [1, 2]},
+                                      {"method": "cp-lora", "regions": ["all", "deep"], "ranks": [1, 2], "steps": 7}]))
+    runs = expand_runs(study)
+    assert [run["id"] for run in runs] == ["none-s0", "fine-tuning-all-s0", "fine-tuning-deep-s0", "cp-lora-r1-all-s0",
+                                           "cp-lora-r2-all-s0", "cp-lora-r1-deep-s0", "cp-lora-r2-deep-s0"]
+    assert {run["steps"] for run in runs} == {study.finetune.steps, 7}
+
+
+DECLARED = 'method: str = "cp-lora"  # how\nrank: int = 8  # adapter rank\nrate: float = 1.0e-3  # rate\nsplit: dict = {}'
+
+
+@pytest.mark.parametrize("injected, words", [
+    ("rnak = 2", "did you mean 'rank'"),
+    ("rank = '2'", "must be int"),
+    ("rank = True", "must be int"),
+    ("rate = 'fast'", "must be float"),
+    ("split = [1]", "must be dict"),
+    ("method = 3", "must be str"),
+])
+def test_injected_parameters_are_checked(injected, words):
+    with pytest.raises(ValueError, match=words):
+        check_parameters(["", DECLARED, f"# Parameters\n{injected}\n", "check_parameters(In)"])
+
+
+def test_right_parameters_pass():
+    cells = ["", DECLARED, "# Parameters\nrate = 1\nsplit = {'train': ['a']}\n", "check_parameters(In)"]
+    assert check_parameters(cells) == {"method": "cp-lora", "rank": 8, "rate": 1, "split": {"train": ["a"]}}
+
+
+def test_code_hashes_of_the_experiments_differ(project):
+    paths = sorted((project / "nbs/experiments").glob("*.ipynb"))
+    assert len({code_hash(path) for path in paths}) == len(paths) == 4
