@@ -1,4 +1,4 @@
-"""The adapters' formulas once more, written apart from the package: index by index, einsum by einsum, in plain torch."""
+"""The adapters' formulas once more, written apart from the package: index by index, einsum by einsum."""
 
 import math
 
@@ -52,7 +52,7 @@ def factor_shapes(method, conv, rank, rank_setting="rk", unfolding="view"):
     elif method in CONV:
         shapes = {"A": (rank, I, *k), "B": (O, rank)}
     else:
-        shapes = {name: (n, rank) for name, n in zip("abcde", (O, I, *k))}
+        shapes = {name: (n, rank) for name, n in zip("abcde", (O, I, *k), strict=False)}
     return {**shapes, "m": (O,)} if method in DORA else shapes
 
 
@@ -116,9 +116,12 @@ def plain_like(conv):
     if is_transposed(conv):
         arguments["output_padding"] = conv.output_padding
     plain = kind(
-        **arguments, padding_mode=conv.padding_mode, bias=conv.bias is not None,
-        dtype=conv.weight.dtype, device=conv.weight.device,
-    )  # fmt: skip
+        **arguments,
+        padding_mode=conv.padding_mode,
+        bias=conv.bias is not None,
+        dtype=conv.weight.dtype,
+        device=conv.weight.device,
+    )
     if conv.bias is not None:
         plain.bias.data = conv.bias.detach().clone()
     return plain

@@ -1,4 +1,4 @@
-"""Adapter files: what is written comes back to the bit, everything else is refused whole; PEFT's format; compression."""
+"""Adapter files: what is written comes back to the bit, all else is refused whole; PEFT's format; compression."""
 
 import copy
 import json
@@ -11,7 +11,7 @@ import torch
 from adapters_reference import DORA, METHODS, bits, factors, randomize, same_bits, same_tensor, to_view, update
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_adapters_lifecycle import Toy, base_part, image, kinds, norms, out, photo, toy, train, untouched, worst
+from test_adapters_lifecycle import base_part, image, kinds, norms, out, photo, toy, train, untouched, worst
 from torch import nn
 
 import sahlora
@@ -74,7 +74,7 @@ def alike(one, other):
     return same_bits(dict(sorted(bits(one).items())), dict(sorted(bits(other).items())))
 
 
-# ----------------------------------------------------------------------------------------------- round trips
+# ----- round trips
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -85,7 +85,9 @@ def test_what_was_saved_comes_back(method, options, tmp_path):
     made = load_adapter(twin, path)
     assert alike(twin, net) and kinds(twin) == kinds(net)
     assert same_tensor(out(twin, x), out(net, x)) and worst(out(net, x), out(toy(), x)) > 1e-4
-    assert adapters(twin) == ["default"] and made.parameters == sum(p.numel() for p in twin.parameters() if p.requires_grad)
+    assert adapters(twin) == ["default"] and made.parameters == sum(
+        p.numel() for p in twin.parameters() if p.requires_grad
+    )
     for one, other in zip(adapted_layers(net).values(), adapted_layers(twin).values(), strict=True):
         assert same_tensor(effective_weight(one), effective_weight(other))
         assert same_tensor(delta_weight(one), delta_weight(other))
@@ -102,7 +104,12 @@ def test_what_was_saved_comes_back(method, options, tmp_path):
 
 @pytest.mark.parametrize(
     "method, options",
-    [(m, {"rank_setting": s, "unfolding": u}) for m in ("lora-c", "dora-c") for s in ("rk", "r") for u in ("oh-iw", "o-ihw")]
+    [
+        (m, {"rank_setting": s, "unfolding": u})
+        for m in ("lora-c", "dora-c")
+        for s in ("rk", "r")
+        for u in ("oh-iw", "o-ihw")
+    ]
     + [(m, {"detach_norm": False}) for m in sorted(DORA)],
 )
 def test_options_of_the_methods_come_back(method, options, tmp_path):
@@ -138,10 +145,23 @@ def test_the_file_holds_the_adapter_alone_and_says_what_it_is(tmp_path):
     texts = [json.loads(value) for value in metadata.values() if value.lstrip().startswith("{")]
     assert len(texts) == 1, "one JSON header"
     text = json.dumps(texts[0])
-    for word in ("convdora", "down.0", "mid", "Universit", sahlora.__version__, "lora", "alpha", "version", "[4, 2, 3, 3]", "out"):
+    for word in (
+        "convdora",
+        "down.0",
+        "mid",
+        "Universit",
+        sahlora.__version__,
+        "lora",
+        "alpha",
+        "version",
+        "[4, 2, 3, 3]",
+        "out",
+    ):
         assert word in text, word
     header, tensors = read_adapter(path)
-    assert header["metadata"] == {"seed": 3, "cohort": "Universität"} and same_bits(tensors, dict.fromkeys(tensors) | stored)
+    assert header["metadata"] == {"seed": 3, "cohort": "Universität"} and same_bits(
+        tensors, dict.fromkeys(tensors) | stored
+    )
     assert path.stat().st_size < 12_000
     # the names of the file do not depend on the order of the layers, and the bytes only on the content
     again = save_adapter(net, tmp_path / "again.safetensors", metadata={"cohort": "Universität", "seed": 3})
@@ -190,7 +210,9 @@ def test_layout_and_flags_of_the_base_do_not_matter(tmp_path):
     twin.mid.requires_grad_(False)
     load_adapter(twin, path)
     assert worst(out(twin.eval(), image()), out(net, image())) < 1e-12
-    assert {n for n, p in twin.named_parameters() if p.requires_grad} == {n for n, p in net.named_parameters() if p.requires_grad}
+    assert {n for n, p in twin.named_parameters() if p.requires_grad} == {
+        n for n, p in net.named_parameters() if p.requires_grad
+    }
     remove(twin)
     assert twin.up.weight.requires_grad and not twin.mid.weight.requires_grad
 
@@ -220,10 +242,13 @@ def test_saving_replaces_whole_files_and_leaves_nothing_besides(tmp_path):
     assert path.read_bytes() == before
 
 
-# ----------------------------------------------------------------------------------------------- another base
+# ----- another base
 
 
-@pytest.mark.parametrize("key", ["down.0.weight", "down.0.bias", "down.1.weight", "down.1.running_mean", "mid.weight", "norm.bias", "out.bias"])
+@pytest.mark.parametrize(
+    "key",
+    ["down.0.weight", "down.0.bias", "down.1.weight", "down.1.running_mean", "mid.weight", "norm.bias", "out.bias"],
+)
 def test_another_base_is_refused_and_its_first_differing_layer_named(key, tmp_path):
     """One number in the last bit; layers behind it differ too, but the first one is named."""
     _, path = saved(tmp_path, "cp-lora", where="decoding")
@@ -264,10 +289,10 @@ def test_missing_and_extra_layers(tmp_path):
     refused(nameless, path, words=["'out'"])
     extra = toy()
     extra.head = nn.Conv2d(3, 1, 1).double()
-    refused(extra, path, words=["'head'", "layer"])
+    refused(extra, path, words=["'head'", "a layer"])
     _, partial = saved(tmp_path, "cp-lora", where="mid")
-    refused(extra, partial, words=["'head'", "layer"])  # also where the extra layer is none that is adapted
-    refused(missing, partial, words=["'up'", "layer"])
+    refused(extra, partial, words=["'head'", "a layer"])  # also where the extra layer is none that is adapted
+    refused(missing, partial, words=["'up'", "a layer"])
     linear = toy()
     linear.mid = nn.Linear(3, 3).double()
     refused(linear, path, words=["'mid'"])
@@ -311,7 +336,7 @@ def test_loading_refuses_in_states_where_it_would_do_harm(tmp_path):
     assert adapters(net) == ["default", "again"]
 
 
-# ----------------------------------------------------------------------------------------------- damage
+# ----- damage
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path):
@@ -334,7 +359,13 @@ def test_a_file_altered_anywhere_is_refused(tmp_path):
     _, path = saved(tmp_path, "cp-dora", where="mid", rank=1)
     whole, target, chance = path.read_bytes(), toy(), random.Random(0)
     data = 8 + int.from_bytes(whole[:8], "little")
-    places = {*range(8), *chance.sample(range(8, data), 250), *chance.sample(range(data, len(whole)), 100), data, len(whole) - 1}
+    places = {
+        *range(8),
+        *chance.sample(range(8, data), 250),
+        *chance.sample(range(data, len(whole)), 100),
+        data,
+        len(whole) - 1,
+    }
     for place in sorted(places):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << chance.randrange(8)
@@ -426,7 +457,7 @@ def test_no_pickle_is_ever_opened(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-# ----------------------------------------------------------------------------------------------- PEFT
+# ----- PEFT
 
 
 class Plain(nn.Module):
@@ -435,7 +466,9 @@ class Plain(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Conv2d(2, 4, 3, padding=1)
-        self.body = nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, padding="valid"), nn.ReLU(), nn.Conv2d(6, 4, 1, bias=False))
+        self.body = nn.Sequential(
+            nn.Conv2d(4, 6, 3, stride=2, padding="valid"), nn.ReLU(), nn.Conv2d(6, 4, 1, bias=False)
+        )
         self.body2 = nn.Conv2d(4, 3, (1, 2), padding="same")
 
     def forward(self, x):
@@ -459,8 +492,17 @@ def peft():
         yield pytest.importorskip("peft")
 
 
-@pytest.mark.parametrize("options", [{}, {"alpha": 5, "rank": 3}, {"scaling": "rslora", "alpha": 3}, {"rank": {"stem": 4, "*": 2}},
-                                     {"rank": {"body*": 3, "*": 1}, "alpha": 6, "scaling": "rslora"}, {"where": ["body"], "rank": 1}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"alpha": 5, "rank": 3},
+        {"scaling": "rslora", "alpha": 3},
+        {"rank": {"stem": 4, "*": 2}},
+        {"rank": {"body*": 3, "*": 1}, "alpha": 6, "scaling": "rslora"},
+        {"where": ["body"], "rank": 1},
+    ],
+)
 @pytest.mark.parametrize("method", ["convlora", "convdora", "cp-lora", "cp-dora"])
 def test_peft_opens_what_was_exported(method, options, peft, tmp_path):
     net, x = plain(), image()
@@ -478,14 +520,24 @@ def test_peft_opens_what_was_exported(method, options, peft, tmp_path):
     from_peft(twin, tmp_path / "peft", name="back")
     assert adapters(twin) == ["back"] and apart(out(twin, x), out(net, x)) < 1e-12
     assert list(adapted_layers(twin)) == list(adapted_layers(net))
-    assert [len(factors(layer)) for layer in adapted_layers(twin).values()] == [3 if "dora" in method else 2] * len(adapted_layers(net))
+    assert [len(factors(layer)) for layer in adapted_layers(twin).values()] == [3 if "dora" in method else 2] * len(
+        adapted_layers(net)
+    )
     remove(twin)
     assert same_bits(bits(twin), bits(plain()))
 
 
-@pytest.mark.parametrize("options", [{}, {"rank_pattern": {"stem": 5}}, {"alpha_pattern": {"body.0": 11}, "rank_pattern": {"body": 1, "0": 3}},
-                                     {"use_rslora": True}, {"rank_pattern": {"body2": 1}, "alpha_pattern": {"^stem": 2}, "use_rslora": True},
-                                     {"target_modules": ["stem", "body.2"]}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rank_pattern": {"stem": 5}},
+        {"alpha_pattern": {"body.0": 11}, "rank_pattern": {"body": 1, "0": 3}},
+        {"use_rslora": True},
+        {"rank_pattern": {"body2": 1}, "alpha_pattern": {"^stem": 2}, "use_rslora": True},
+        {"target_modules": ["stem", "body.2"]},
+    ],
+)
 @pytest.mark.parametrize("dora", [False, True])
 def test_what_peft_saved_is_opened(dora, options, peft, tmp_path):
     options = {"target_modules": ["stem", "0", "2", "body2"], "r": 2, "lora_alpha": 3, **options}
@@ -512,10 +564,15 @@ def test_what_peft_saved_is_opened(dora, options, peft, tmp_path):
     assert apart(out(net, x), out(model, x)) < 1e-12
 
 
-@pytest.mark.parametrize("what, module", [
-    ("dilation", nn.Conv2d(2, 4, 3, padding=2, dilation=2)), ("groups", nn.Conv2d(2, 4, 3, padding=1, groups=2)),
-    ("padding_mode", nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect")), ("Transpose", nn.ConvTranspose2d(2, 4, 3, padding=1)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "what, module",
+    [
+        ("dilation", nn.Conv2d(2, 4, 3, padding=2, dilation=2)),
+        ("groups", nn.Conv2d(2, 4, 3, padding=1, groups=2)),
+        ("padding_mode", nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect")),
+        ("Transpose", nn.ConvTranspose2d(2, 4, 3, padding=1)),
+    ],
+)
 def test_where_peft_computes_something_else_nothing_is_exported(what, module, tmp_path):
     net = plain()
     net.stem = module.double()
@@ -571,7 +628,11 @@ def test_peft_folders_that_do_not_fit_change_nothing(peft, tmp_path):
     dilated = plain()
     dilated.stem = nn.Conv2d(2, 4, 3, padding=2, dilation=2).double()
     attempt(dilated, tmp_path / "good", words=["stem", "dilation"])
-    for changes, word in (({"peft_type": "LOHA"}, "LOHA"), ({"bias": "all"}, "bias"), ({"modules_to_save": ["stem"]}, "modules_to_save")):
+    for changes, word in (
+        ({"peft_type": "LOHA"}, "LOHA"),
+        ({"bias": "all"}, "bias"),
+        ({"modules_to_save": ["stem"]}, "modules_to_save"),
+    ):
         folder = tmp_path / word
         to_peft(net, folder)
         config = json.loads((folder / "adapter_config.json").read_text())
@@ -586,7 +647,7 @@ def test_peft_folders_that_do_not_fit_change_nothing(peft, tmp_path):
         from_peft(taken, tmp_path / "bias")
 
 
-# ----------------------------------------------------------------------------------------------- compression
+# ----- compression
 
 
 def cp(factors_):
@@ -628,7 +689,9 @@ def test_compressing_a_network_adds_a_cp_adapter(method, tmp_path):
     adapt(net, method, rank=2, alpha=5, name="trained", batchnorm="adapt", modules_to_train="out")
     train(net, 3, lr=0.3)
     y, before = out(net, x), {name: delta_weight(layer).detach().clone() for name, layer in adapted_layers(net).items()}
-    magnitudes = {name: layer.adapter.m.detach().clone() for name, layer in adapted_layers(net).items() if method in DORA}
+    magnitudes = {
+        name: layer.adapter.m.detach().clone() for name, layer in adapted_layers(net).items() if method in DORA
+    }
     torch.manual_seed(11)
     chance = torch.random.get_rng_state()
     made = compress(net, {"mid": 6, "*": 3}, name="small")
@@ -646,7 +709,9 @@ def test_compressing_a_network_adds_a_cp_adapter(method, tmp_path):
         if method in DORA:
             assert same_tensor(f["m"].detach(), magnitudes[name])
         scale = (to_view(delta_weight(layer), layer).flatten() @ update("cp-lora", f, layer).flatten()).item()
-        assert scale == pytest.approx(update("cp-lora", f, layer).square().sum().item(), rel=1e-9), "the scale is not in the factors"
+        assert scale == pytest.approx(update("cp-lora", f, layer).square().sum().item(), rel=1e-9), (
+            "the scale is not in the factors"
+        )
     assert made.error == pytest.approx((squares / total) ** 0.5, rel=1e-6) and 0 < made.error < 1
     for text in (repr(made), made._repr_markdown_()):
         assert "mid" in text and f"{made.errors['mid']:.3f}" in text
@@ -704,7 +769,3 @@ def test_what_compress_refuses():
     merge(net)
     with pytest.raises(RuntimeError, match="unmerge"):
         compress(net, 2)
-
-
-def test_the_toy_network_is_the_one_of_the_lifecycle_tests():
-    assert isinstance(toy(), Toy) and len(bits(toy())) > 10

@@ -1,4 +1,4 @@
-"""Adapters put on, switched, merged, copied and taken off: the base must come back to the bit, and nothing may be silent."""
+"""Adapters put on, switched, merged, copied, taken off: the base comes back to the bit, and no failure is silent."""
 
 import copy
 import gc
@@ -47,7 +47,11 @@ class Toy(nn.Module):
         self.norm = nn.BatchNorm2d(4)
         self.up = nn.ConvTranspose2d(4, 3, 2, stride=2)
         self.out = nn.Conv2d(3, 1, 1)
-        self.regions = {"encoding": ["down", "mid"], "decoding": ["up", "out"], "all": ["down", "mid", "norm", "up", "out"]}
+        self.regions = {
+            "encoding": ["down", "mid"],
+            "decoding": ["up", "out"],
+            "all": ["down", "mid", "norm", "up", "out"],
+        }
 
     def forward(self, x):
         return self.out(self.up(torch.relu(self.norm(self.mid(self.down(x))))))
@@ -114,21 +118,29 @@ def worst(one, other):
     return (one.double() - other.double()).abs().max().item()
 
 
-# ----------------------------------------------------------------------------------------------- putting on
+# ----- putting on
 
 
 @pytest.mark.parametrize(
     "where, names",
     [
-        (None, CONVS), ("decoding", ["up", "out"]), ("encoding", ["down.0", "mid"]), ("all", CONVS), ("mid", ["mid"]),
-        (["mid", "out"], ["mid", "out"]), ("*0", ["down.0"]), (["encoding", "out"], ["down.0", "mid", "out"]), ("down", ["down.0"]),
-        (["*"], CONVS), (["?[ip]*"], ["mid", "up"]), (lambda name, module: module.kernel_size == (3, 3), ["down.0", "mid"]),
-        (lambda name, module: isinstance(module, nn.ConvTranspose2d), ["up"]), (("up",), ["up"]),
+        (None, CONVS),
+        ("decoding", ["up", "out"]),
+        ("encoding", ["down.0", "mid"]),
+        ("all", CONVS),
+        ("mid", ["mid"]),
+        (["mid", "out"], ["mid", "out"]),
+        ("*0", ["down.0"]),
+        (["encoding", "out"], ["down.0", "mid", "out"]),
+        ("down", ["down.0"]),
+        (["*"], CONVS),
+        (["?[ip]*"], ["mid", "up"]),
+        (lambda name, module: module.kernel_size == (3, 3), ["down.0", "mid"]),
+        (lambda name, module: isinstance(module, nn.ConvTranspose2d), ["up"]),
+        (("up",), ["up"]),
     ],
-)  # fmt: skip
+)
 def test_where_selects_the_layers_it_names(where, names):
-    if where == ["?[ip]*"]:
-        names = [name for name in CONVS if name[1] in "ip"]
     net = toy()
     made = adapt(net, "cp-lora", rank=2, where=where)
     assert list(adapted_layers(net)) == names
@@ -144,7 +156,9 @@ def test_everything_but_the_adapter_is_frozen_and_the_adapter_is_visible(method)
     expected = [f"{name}.adapter.{key}" for name, layer in adapted_layers(net).items() for key in factors(layer)]
     assert sorted(trainable) == sorted(expected) and len(expected) == len(adapted_layers(net)) * len(factors(net.mid))
     assert [name for name, _ in net.named_parameters() if name not in expected] == before
-    assert {id(p) for layer in (net.mid, net.up) for p in layer.adapter.parameters()} <= {id(p) for p in net.parameters()}
+    assert {id(p) for layer in (net.mid, net.up) for p in layer.adapter.parameters()} <= {
+        id(p) for p in net.parameters()
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -169,7 +183,9 @@ def test_keys_and_values_of_the_base_stay(method):
     state = net.state_dict()
     own = [key for key in state if ".adapter." not in key]
     assert own == list(base.state_dict()) and same_bits(base_part(net), bits(base))
-    assert {key for key in state if ".adapter." in key} == {f"{name}.adapter.{key}" for name in CONVS for key in factors(net.mid)}
+    assert {key for key in state if ".adapter." in key} == {
+        f"{name}.adapter.{key}" for name in CONVS for key in factors(net.mid)
+    }
     fresh = toy(seed=5)
     fresh.load_state_dict({key: state[key] for key in own})
     assert same_bits(bits(fresh), bits(base))
@@ -188,8 +204,11 @@ def test_ranks_by_pattern():
     made = adapt(net, "convlora", rank={"down*": 1, "up": 5, "*": 2})
     assert {row.layer: row.rank for row in made.rows} == {"down.0": 1, "mid": 2, "up": 5, "out": 2}
     assert {name: layer.adapter.A.shape[0] for name, layer in adapted_layers(net).items()} == {
-        "down.0": 1, "mid": 2, "up": 5, "out": 2,
-    }  # fmt: skip
+        "down.0": 1,
+        "mid": 2,
+        "up": 5,
+        "out": 2,
+    }
     randomize(net, 3)
     base = toy()
     for name, layer in adapted_layers(net).items():  # alpha defaults to each layer's own rank
@@ -244,14 +263,16 @@ def test_summary_says_what_was_added():
     assert f"{percent:.1f}" in repr(made) or f"{percent:.2f}" in repr(made) or f"{percent:.0f}" in repr(made)
 
 
-# ----------------------------------------------------------------------------------------------- training
+# ----- training
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_training_moves_the_adapters_and_nothing_else(method):
     base, net = toy(), toy()
     adapt(net, method, rank=2)
-    before = {name: {k: p.detach().clone() for k, p in factors(layer).items()} for name, layer in adapted_layers(net).items()}
+    before = {
+        name: {k: p.detach().clone() for k, p in factors(layer).items()} for name, layer in adapted_layers(net).items()
+    }
     train(net, steps=3)
     assert same_bits(base_part(net), bits(base))
     for name, layer in adapted_layers(net).items():
@@ -276,14 +297,7 @@ def test_removing_gives_back_every_flag():
             adapt(base, method, rank=2, where="decoding", batchnorm="adapt", name="second")
             remove(base)
             assert untouched(base, before), (method, batchnorm)
-            assert adapters(base) == [] and adapted_layers_or_none(base) == {}
-
-
-def adapted_layers_or_none(net):
-    try:
-        return adapted_layers(net)
-    except RuntimeError:
-        return {}
+            assert adapters(base) == [] and adapted_layers(base) == {}
 
 
 def test_a_mode_set_while_adapted_survives_removal():
@@ -317,12 +331,15 @@ def test_eval_and_train_never_merge(method):
     assert {name: layer.weight.data_ptr() for name, layer in adapted_layers(net).items()} == weights
 
 
-# ----------------------------------------------------------------------------------------------- norms
+# ----- norms
 
 
 def norms(net):
-    return {name: (m.running_mean.clone(), m.running_var.clone(), m.num_batches_tracked.clone())
-            for name, m in net.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}  # fmt: skip
+    return {
+        name: (m.running_mean.clone(), m.running_var.clone(), m.num_batches_tracked.clone())
+        for name, m in net.named_modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm)
+    }
 
 
 def test_frozen_norms_keep_their_statistics_in_training():
@@ -338,7 +355,7 @@ def test_frozen_norms_keep_their_statistics_in_training():
 
 @pytest.mark.parametrize("policy", ["adapt", "train"])
 def test_adapted_norms_follow_the_target_as_plain_training_does(policy):
-    """The same steps on a plain network that holds the adapted weights give the same statistics; the base keeps its own."""
+    """The same steps on a plain network with the adapted weights give the same statistics; the base keeps its own."""
     base, net, plain, x = toy(), toy(), toy(), image()
     adapt(net, "convlora", rank=2, batchnorm=policy)
     randomize(net, 1, 0.2)
@@ -378,7 +395,9 @@ def test_only_the_train_policy_trains_the_norms_weights():
         assert same_bits(base_part(net), bits(base))
         plain = merged_copy(net)
         changed = {key for key, value in bits(plain).items() if not same_tensor(value, bits(base)[key])}
-        statistics = {f"{n}.{k}" for n in ("down.1", "norm") for k in ("running_mean", "running_var", "num_batches_tracked")}
+        statistics = {
+            f"{n}.{k}" for n in ("down.1", "norm") for k in ("running_mean", "running_var", "num_batches_tracked")
+        }
         affine = {f"{n}.{k}" for n in ("down.1", "norm") for k in ("weight", "bias")}
         assert changed == {"mid.weight"} | {"frozen": set(), "adapt": statistics, "train": statistics | affine}[policy]
         remove(net)
@@ -388,20 +407,33 @@ def test_only_the_train_policy_trains_the_norms_weights():
 
 @pytest.mark.parametrize("policy", ["frozen", "adapt", "train"])
 def test_norms_of_every_make(policy):
-    """No running statistics, no affine part, a cumulative average, instance norm with and without statistics, group norm."""
+    """Without running statistics or affine part, with a cumulative average; instance norm, group norm."""
     torch.manual_seed(0)
-    made = nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, momentum=None),
-        nn.InstanceNorm2d(4), nn.InstanceNorm2d(4, affine=True, track_running_stats=True), nn.GroupNorm(2, 4),
-        nn.BatchNorm2d(4, track_running_stats=False), nn.Conv2d(4, 1, 1),
-    ).double().eval()  # fmt: skip
+    made = (
+        nn.Sequential(
+            nn.Conv2d(2, 4, 3),
+            nn.BatchNorm2d(4, affine=False),
+            nn.Conv2d(4, 4, 1),
+            nn.BatchNorm2d(4, momentum=None),
+            nn.InstanceNorm2d(4),
+            nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+            nn.GroupNorm(2, 4),
+            nn.BatchNorm2d(4, track_running_stats=False),
+            nn.Conv2d(4, 1, 1),
+        )
+        .double()
+        .eval()
+    )
     base, x = copy.deepcopy(made), image()
     adapt(made, "convdora", rank=1, batchnorm=policy)
     assert same_tensor(out(made, x), out(base, x))
     train(made, steps=3)
     assert same_bits(base_part(made), bits(base))
-    drifted = {key for key, value in bits(merged_copy(made)).items()
-               if "running" in key and not same_tensor(value, bits(base)[key])}  # fmt: skip
+    drifted = {
+        key
+        for key, value in bits(merged_copy(made)).items()
+        if "running" in key and not same_tensor(value, bits(base)[key])
+    }
     assert len(drifted) == (0 if policy == "frozen" else 6)
     remove(made)
     assert same_bits(bits(made), bits(base)) and kinds(made) == kinds(base)
@@ -450,7 +482,7 @@ def test_the_base_does_not_drift_while_its_adapters_are_off():
     assert same_bits(bits(net), bits(base)) and kinds(net) == kinds(base)
 
 
-# ----------------------------------------------------------------------------------------------- modules to train
+# ----- modules to train
 
 
 @pytest.mark.parametrize("selected", ["out", ["out", "norm"], "o*t"])
@@ -507,7 +539,7 @@ def test_modules_trained_in_full_learn_as_in_plain_training():
     assert worst(out(net, image()), out(toy(), image())) > 1e-2
 
 
-# ----------------------------------------------------------------------------------------------- several adapters
+# ----- several adapters
 
 
 def test_several_adapters_on_one_base():
@@ -613,7 +645,7 @@ def test_a_resting_adapter_follows_the_network_to_another_dtype():
     assert out(net, x).dtype == torch.float64
 
 
-# ----------------------------------------------------------------------------------------------- merging
+# ----- merging
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -623,7 +655,9 @@ def test_unmerging_is_exact_after_many_rounds(method, dtype):
     net = toy(dtype)
     with torch.no_grad():
         info = torch.finfo(dtype)
-        net.mid.weight.flatten()[:4] = torch.tensor([-0.0, info.smallest_normal / 2, info.max / 64, -info.tiny], dtype=dtype)
+        net.mid.weight.flatten()[:4] = torch.tensor(
+            [-0.0, info.smallest_normal / 2, info.max / 64, -info.tiny], dtype=dtype
+        )
     before = bits(net)
     adapt(net, method, rank=2)
     randomize(net, 1)
@@ -645,7 +679,10 @@ def test_merged_is_unmerged_to_the_bit_in_weight_space(method, dtype):
     net, x = toy(dtype), image(dtype)
     adapt(net, method, rank=2)
     randomize(net, 1, 0.3)
-    before, weights = out(net, x), {name: effective_weight(layer).clone() for name, layer in adapted_layers(net).items()}
+    before, weights = (
+        out(net, x),
+        {name: effective_weight(layer).clone() for name, layer in adapted_layers(net).items()},
+    )
     deltas = {name: delta_weight(layer).clone() for name, layer in adapted_layers(net).items()}
     merge(net)
     assert is_merged(net) and same_tensor(out(net, x), before)
@@ -665,7 +702,9 @@ def test_a_merged_copy_is_a_plain_network(method):
     before = photo(net)
     plain = merged_copy(net)
     assert untouched(net, before)
-    assert type(plain) is Toy and {n: type(m) for n, m in plain.named_modules()} == {n: type(m) for n, m in base.named_modules()}
+    assert type(plain) is Toy and {n: type(m) for n, m in plain.named_modules()} == {
+        n: type(m) for n, m in base.named_modules()
+    }
     assert list(plain.state_dict()) == list(base.state_dict())
     assert worst(out(plain, x), out(net, x)) < 1e-12
     assert "sahlora" not in str(pickle.dumps(plain.down)) and not hasattr(plain.mid, "adapter")
@@ -745,9 +784,12 @@ def test_refusals_around_merging(tmp_path):
     merge(net)
     before = photo(net)
     for refused in (
-        lambda: merge(net), lambda: save_adapter(net, tmp_path / "a.safetensors"), lambda: adapt(net, "convlora", rank=1, name="b"),
-        lambda: activate(net, "default"), lambda: deactivate(net),
-    ):  # fmt: skip
+        lambda: merge(net),
+        lambda: save_adapter(net, tmp_path / "a.safetensors"),
+        lambda: adapt(net, "convlora", rank=1, name="b"),
+        lambda: activate(net, "default"),
+        lambda: deactivate(net),
+    ):
         with pytest.raises(RuntimeError, match="unmerge"):
             refused()
         assert untouched(net, before) and adapters(net) == ["default"]
@@ -774,7 +816,7 @@ def test_refusals_around_merging(tmp_path):
         merge(net)
 
 
-# ----------------------------------------------------------------------------------------------- disabled
+# ----- disabled
 
 
 def test_disabled_gives_the_base_at_any_time():
@@ -814,7 +856,7 @@ def test_disabled_gives_the_base_at_any_time():
     assert same_tensor(teacher, expected) and net.mid.adapter.A.grad is not None
 
 
-# ----------------------------------------------------------------------------------------------- copies, pickles, graphs
+# ----- copies, pickles, graphs
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -910,8 +952,14 @@ def test_compiled_without_a_break_in_the_graph(method):
     net.eval()
     adapt(net, "convlora", rank=1, name="other")
     randomize(net, 5)
-    for change in (lambda: activate(net, "default"), lambda: deactivate(net), lambda: activate(net, "other"), lambda: merge(net),
-                   lambda: unmerge(net), lambda: remove(net, "default")):  # fmt: skip
+    for change in (
+        lambda: activate(net, "default"),
+        lambda: deactivate(net),
+        lambda: activate(net, "other"),
+        lambda: merge(net),
+        lambda: unmerge(net),
+        lambda: remove(net, "default"),
+    ):
         change()
         assert worst(fast(x), net(x)) < 1e-12, "the compiled graph did not see the change"
         with disabled(net):
@@ -1004,15 +1052,19 @@ def test_removed_adapters_are_freed():
 def test_the_adapted_layer_is_still_its_kind():
     net = toy()
     adapt(net, "cp-lora", rank=1)
-    assert isinstance(net.mid, nn.Conv2d) and isinstance(net.up, nn.ConvTranspose2d) and not isinstance(net.up, nn.Conv2d)
+    assert (
+        isinstance(net.mid, nn.Conv2d) and isinstance(net.up, nn.ConvTranspose2d) and not isinstance(net.up, nn.Conv2d)
+    )
     assert "Conv2d" in repr(net.mid) and "cp-lora" in repr(net)
 
 
-# ----------------------------------------------------------------------------------------------- errors
+# ----- errors
 
 
 def bad(words, error=ValueError, **changes):
-    return pytest.param(words, error, changes, id=f"{next(iter(changes))}={next(iter(changes.values()))!r}"[:40])
+    key, value = next(iter(changes.items()))
+    shown = "a predicate" if callable(value) else repr(value)  # a function's repr differs from process to process
+    return pytest.param(words, error, changes, id=f"{key}={shown}")
 
 
 @pytest.mark.parametrize(
@@ -1126,7 +1178,7 @@ def test_layers_that_could_only_be_adapted_wrongly_are_refused():
             adapt(net, "cp-lora", rank=1, where="0")
 
 
-# ----------------------------------------------------------------------------------------------- any sequence
+# ----- any sequence
 
 
 class Sequences(RuleBasedStateMachine):
@@ -1135,7 +1187,9 @@ class Sequences(RuleBasedStateMachine):
     names = ("a", "b", "c")
     pick = st.integers(0, 5)
 
-    @initialize(first=st.sampled_from(METHODS), second=st.sampled_from(METHODS), batchnorm=st.sampled_from(["frozen", "adapt"]))
+    @initialize(
+        first=st.sampled_from(METHODS), second=st.sampled_from(METHODS), batchnorm=st.sampled_from(["frozen", "adapt"])
+    )
     def start(self, first, second, batchnorm):
         self.folder = tempfile.TemporaryDirectory()
         self.net, self.base, self.x = toy(), toy(), image(batch=1)
@@ -1180,8 +1234,14 @@ class Sequences(RuleBasedStateMachine):
     # what may be done
 
     @precondition(lambda self: len(self.state) < 3 and not self.merged)
-    @rule(pick=pick, method=st.sampled_from(METHODS), rank=st.integers(1, 2), batchnorm=st.sampled_from(["frozen", "adapt"]),
-          where=st.sampled_from([None, "encoding", "mid"]), extra=st.booleans())  # fmt: skip
+    @rule(
+        pick=pick,
+        method=st.sampled_from(METHODS),
+        rank=st.integers(1, 2),
+        batchnorm=st.sampled_from(["frozen", "adapt"]),
+        where=st.sampled_from([None, "encoding", "mid"]),
+        extra=st.booleans(),
+    )
     def put_on(self, pick, method, rank, where, batchnorm, extra):
         free = [name for name in self.names if name not in self.state]
         self.put(free[pick % len(free)], method, rank, where, batchnorm, extra)
@@ -1266,10 +1326,16 @@ class Sequences(RuleBasedStateMachine):
     @rule()
     def everything_else_is_refused(self):
         """Each act that the state does not allow raises, and changes nothing."""
-        refused = [lambda: activate(self.net, "z"), lambda: remove(self.net, "z"), lambda: load_adapter(self.net, self.path("z"))]
+        refused = [
+            lambda: activate(self.net, "z"),
+            lambda: remove(self.net, "z"),
+            lambda: load_adapter(self.net, self.path("z")),
+        ]
         refused += [lambda: save_adapter(self.net, self.path("y"), name="z")]
-        refused += [lambda: adapt(self.net, "cp-lora", rank=1, name=name) for name in self.state]
-        refused += [lambda: load_adapter(self.net, self.path(f), name=n) for n in self.state for f in self.files]
+        refused += [lambda name=name: adapt(self.net, "cp-lora", rank=1, name=name) for name in self.state]
+        refused += [
+            lambda n=n, f=f: load_adapter(self.net, self.path(f), name=n) for n in self.state for f in self.files
+        ]
         if not self.state:
             refused += [lambda: remove(self.net), lambda: deactivate(self.net)]
         if not self.active:
@@ -1277,10 +1343,14 @@ class Sequences(RuleBasedStateMachine):
         if not self.merged:
             refused += [lambda: unmerge(self.net)]
         else:
-            refused += [lambda: merge(self.net), lambda: deactivate(self.net), lambda: save_adapter(self.net, self.path("y"))]
-            refused += [lambda: activate(self.net, name) for name in self.state]
+            refused += [
+                lambda: merge(self.net),
+                lambda: deactivate(self.net),
+                lambda: save_adapter(self.net, self.path("y")),
+            ]
+            refused += [lambda name=name: activate(self.net, name) for name in self.state]
             refused += [lambda: adapt(self.net, "cp-lora", rank=1, name="z")]
-            refused += [lambda: load_adapter(self.net, self.path(f), name="z") for f in self.files]
+            refused += [lambda f=f: load_adapter(self.net, self.path(f), name="z") for f in self.files]
         before = photo(self.net)
         for act in refused:
             with pytest.raises((RuntimeError, ValueError, FileNotFoundError)):
@@ -1307,13 +1377,17 @@ class Sequences(RuleBasedStateMachine):
 
 
 Sequences.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=25, deadline=None, derandomize=True, database=None,
+    max_examples=60,
+    stateful_step_count=25,
+    deadline=None,
+    derandomize=True,
+    database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)  # fmt: skip
+)
 TestAnySequenceEndsWhereTheModelSays = Sequences.TestCase
 
 
-# ----------------------------------------------------------------------------------------------- what users hold on to
+# ----- what users hold on to
 
 
 def test_parameters_stay_the_same_objects():
@@ -1324,9 +1398,19 @@ def test_parameters_stay_the_same_objects():
     own = {name: id(p) for name, p in net.named_parameters() if p.requires_grad}
     assert len(own) == 3 * 3 + 2 + 4
     adapt(net, "cp-lora", rank=1, name="other")
-    for act in (lambda: activate(net, "default"), lambda: merge(net), lambda: unmerge(net), lambda: deactivate(net),
-                lambda: activate(net, "other"), lambda: merge(net), lambda: unmerge(net), lambda: remove(net, "other"),
-                lambda: activate(net, "default"), lambda: net.to(torch.float64), lambda: net.train()):  # fmt: skip
+    for act in (
+        lambda: activate(net, "default"),
+        lambda: merge(net),
+        lambda: unmerge(net),
+        lambda: deactivate(net),
+        lambda: activate(net, "other"),
+        lambda: merge(net),
+        lambda: unmerge(net),
+        lambda: remove(net, "other"),
+        lambda: activate(net, "default"),
+        lambda: net.to(torch.float64),
+        lambda: net.train(),
+    ):
         act()
         with disabled(net):
             pass
@@ -1420,7 +1504,9 @@ def test_two_convolutions_that_share_one_weight():
     assert worst(out(net, x), y) < 1e-12, "the second layer was merged on top of the first one"
     unmerge(net)
     remove(net)
-    assert net[0].weight is net[2].weight and same_bits(bits(net), bits(base)) and same_tensor(out(net, x), out(base, x))
+    assert (
+        net[0].weight is net[2].weight and same_bits(bits(net), bits(base)) and same_tensor(out(net, x), out(base, x))
+    )
 
 
 def test_an_average_of_the_weights_follows_the_adapter():

@@ -1,4 +1,4 @@
-"""The adapters against independent libraries, values and gradients, in float64 to 1e-12, where those libraries are right."""
+"""The adapters against independent libraries where those are right: values and gradients, in float64, to 1e-12."""
 
 import copy
 import warnings
@@ -17,17 +17,37 @@ PLAIN = {
     "1d": (nn.Conv1d, {"in_channels": 4, "out_channels": 6, "kernel_size": 5, "stride": 2, "padding": 2}, (11,)),
     "2d": (nn.Conv2d, {"in_channels": 3, "out_channels": 5, "kernel_size": 3, "padding": 1}, (8, 7)),
     "2d-1x1": (nn.Conv2d, {"in_channels": 6, "out_channels": 4, "kernel_size": 1, "bias": False}, (5, 4)),
-    "2d-uneven": (nn.Conv2d, {"in_channels": 4, "out_channels": 3, "kernel_size": (2, 3), "stride": (2, 1), "padding": (0, 2)}, (7, 6)),
+    "2d-uneven": (
+        nn.Conv2d,
+        {"in_channels": 4, "out_channels": 3, "kernel_size": (2, 3), "stride": (2, 1), "padding": (0, 2)},
+        (7, 6),
+    ),
     "3d": (nn.Conv3d, {"in_channels": 2, "out_channels": 4, "kernel_size": 3, "padding": 1, "stride": 2}, (5, 4, 6)),
-}  # fmt: skip
+}
 # where LyCORIS is right: dilation and groups too
 RICH = {
     **PLAIN,
-    "2d-dilated": (nn.Conv2d, {"in_channels": 3, "out_channels": 5, "kernel_size": 3, "padding": 4, "dilation": 4}, (10, 9)),
-    "2d-groups": (nn.Conv2d, {"in_channels": 6, "out_channels": 9, "kernel_size": 3, "padding": 2, "dilation": 2, "groups": 3}, (8, 9)),
-    "2d-depthwise": (nn.Conv2d, {"in_channels": 4, "out_channels": 8, "kernel_size": 3, "stride": 2, "padding": 1, "groups": 4}, (9, 8)),
-    "3d-groups": (nn.Conv3d, {"in_channels": 4, "out_channels": 6, "kernel_size": (1, 2, 3), "dilation": (1, 1, 2), "groups": 2}, (3, 4, 6)),
-}  # fmt: skip
+    "2d-dilated": (
+        nn.Conv2d,
+        {"in_channels": 3, "out_channels": 5, "kernel_size": 3, "padding": 4, "dilation": 4},
+        (10, 9),
+    ),
+    "2d-groups": (
+        nn.Conv2d,
+        {"in_channels": 6, "out_channels": 9, "kernel_size": 3, "padding": 2, "dilation": 2, "groups": 3},
+        (8, 9),
+    ),
+    "2d-depthwise": (
+        nn.Conv2d,
+        {"in_channels": 4, "out_channels": 8, "kernel_size": 3, "stride": 2, "padding": 1, "groups": 4},
+        (9, 8),
+    ),
+    "3d-groups": (
+        nn.Conv3d,
+        {"in_channels": 4, "out_channels": 6, "kernel_size": (1, 2, 3), "dilation": (1, 1, 2), "groups": 2},
+        (3, 4, 6),
+    ),
+}
 
 
 def make(case, seed=0):
@@ -118,10 +138,15 @@ def test_convdora_is_pefts_dora(case):
     assert (theirs.lora_magnitude_vector["default"].weight - start).abs().max() < 1e-6
     fill_peft(theirs, *as_conv_factors(layer, "convdora"), f["m"].detach())
     compare(
-        net, oracle, x,
-        [(f["A"], theirs.lora_A["default"].weight), (f["B"], theirs.lora_B["default"].weight),
-         (f["m"], theirs.lora_magnitude_vector["default"].weight)],
-    )  # fmt: skip
+        net,
+        oracle,
+        x,
+        [
+            (f["A"], theirs.lora_A["default"].weight),
+            (f["B"], theirs.lora_B["default"].weight),
+            (f["m"], theirs.lora_magnitude_vector["default"].weight),
+        ],
+    )
 
 
 @pytest.mark.parametrize("case", PLAIN)
@@ -154,9 +179,13 @@ def test_merged_weights_are_pefts(method, dora):
 @pytest.mark.parametrize("alpha", [2, 3])
 @pytest.mark.parametrize(
     "arguments",
-    [{"padding": 1}, {"padding": 2, "dilation": 2, "stride": 2}, {"padding": 2, "dilation": 2, "padding_mode": "reflect"},
-     {"bias": False, "padding": "same"}],
-)  # fmt: skip
+    [
+        {"padding": 1},
+        {"padding": 2, "dilation": 2, "stride": 2},
+        {"padding": 2, "dilation": 2, "padding_mode": "reflect"},
+        {"bias": False, "padding": "same"},
+    ],
+)
 def test_lora_c_is_loralibs_convolution(alpha, arguments):
     loralib = pytest.importorskip("loralib")
     for kernel in (1, 3, 4) if arguments.get("padding") != "same" else (3,):
@@ -227,7 +256,11 @@ def test_the_cp_update_is_tensorlys(case, method):
     import tensorly
     from tensorly.cp_tensor import cp_to_tensor
 
-    up = (nn.ConvTranspose2d, {"in_channels": 4, "out_channels": 6, "kernel_size": (2, 3), "groups": 2, "stride": 2}, (4, 4))
+    up = (
+        nn.ConvTranspose2d,
+        {"in_channels": 4, "out_channels": 6, "kernel_size": (2, 3), "groups": 2, "stride": 2},
+        (4, 4),
+    )
     conv, _ = make(RICH.get(case, up))
     _, layer = ours(conv, method, 4, alpha=6)
     f = factors(layer)
@@ -254,13 +287,22 @@ def test_tltorchs_chain_of_convolutions_is_the_cp_convolution(stride, padding, d
         from tltorch.functional.convolution import cp_conv
     import tensorly
 
-    arguments = {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "stride": stride, "padding": padding, "dilation": dilation}
+    arguments = {
+        "in_channels": 4,
+        "out_channels": 6,
+        "kernel_size": 3,
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+    }
     conv, x = make((nn.Conv2d, arguments, (9, 9)))
     net, layer = ours(conv, "cp-lora", 5)
     f = factors(layer)
     theirs = {name: nn.Parameter(f[name].detach().clone()) for name in "abcd"}
     with tensorly.backend.backend_context("pytorch"):
-        kernel = tltorch.CPTensor(torch.ones(5, dtype=torch.float64), list(theirs.values()), shape=tuple(conv.weight.shape), rank=5)
+        kernel = tltorch.CPTensor(
+            torch.ones(5, dtype=torch.float64), list(theirs.values()), shape=tuple(conv.weight.shape), rank=5
+        )
         expected = conv(x) + cp_conv(x, kernel, stride=stride, padding=padding, dilation=dilation)
     assert close(net(x), expected)
     y = net(x)
