@@ -52,8 +52,8 @@ def save_figure(fig: Figure, path: str | Path) -> Path:
     plt.close(fig)
     return path
 
-# %% ../nbs/70_figures.ipynb #9c4a52db
-def dice_by_strategy(patients: pd.DataFrame, synthetic: bool = True, score: str = "dice_soft") -> Figure:
+# %% ../nbs/70_figures.ipynb #8e0b49b7
+def dice_by_strategy(patients: pd.DataFrame, synthetic: bool = True, score: str = "dice_soft", title: str = "") -> Figure:
     "Paired lines of `score` per patient over strategies; `patients`: columns run, patient and the score."
     runs = list(dict.fromkeys(patients.run))
     wide = patients.pivot_table(index="patient", columns="run", values=score)[runs]
@@ -62,7 +62,8 @@ def dice_by_strategy(patients: pd.DataFrame, synthetic: bool = True, score: str 
         ax.plot(range(len(runs)), wide.T, color="0.75", lw=0.8, marker="o", ms=2.5, zorder=1)
         for x, run in enumerate(runs):
             ax.plot([x - 0.18, x + 0.18], [wide[run].mean()] * 2, color=COLORS[x % len(COLORS)], lw=3, zorder=2)
-        ax.set(xlim=(-0.5, len(runs) - 0.5), ylim=(0, 1), ylabel="soft Dice" if score == "dice_soft" else score)
+        ax.set(xlim=(-0.5, len(runs) - 0.5), ylim=(0, 1), title=title,
+               ylabel="soft Dice" if score == "dice_soft" else score)
         ax.set_xticks(range(len(runs)), [run.replace("-decoding", "\ndecoding") for run in runs])
         return _note(fig, synthetic)
 

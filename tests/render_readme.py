@@ -11,6 +11,7 @@ def render(project: Path = PROJECT) -> str:
     "The README as text: hidden cells dropped, outputs as text, paths into nbs/."
     nb = nbformat.read(project / "nbs/index.ipynb", as_version=4)
     nb.cells = [cell for cell in nb.cells if not cell.source.startswith(("#| hide", "#| eval"))]
+    nb.metadata["language_info"] = {"name": "python"}  # colours the code; cleaned notebooks do not carry it
     text, resources = MarkdownExporter().from_notebook_node(nb)
     if resources.get("outputs"):
         raise ValueError("index.ipynb shows a picture as an output; save it to nbs/images and link it instead")
