@@ -24,7 +24,7 @@ from .evaluation import score_patient
 from .files import load_tensors, object_hash, read_json, save_tensors, write_csv, write_json
 from .training import load_network, load_slices, predict_volume, run_facts, train, weights_hash
 
-# %% ../nbs/41_transfer.ipynb #fffe7b0b
+# %% ../nbs/41_transfer.ipynb #14330fda
 STRATEGIES = ("none", "fine-tuning", *METHODS)
 
 
@@ -43,9 +43,8 @@ class Strategy:
 
     def __post_init__(self):
         if self.method not in STRATEGIES:
-            near = difflib.get_close_matches(self.method, STRATEGIES, 1, 0)[0]
-            raise ValueError(f"method {self.method!r} is unknown; did you mean {near!r}? There are: "
-                             f"{', '.join(STRATEGIES)}")
+            near, known = difflib.get_close_matches(self.method, STRATEGIES, 1, 0)[0], ", ".join(STRATEGIES)
+            raise ValueError(f"method {self.method!r} is unknown; did you mean {near!r}? There are: {known}")
         for name in ("rank", "steps", "batch_size", "learning_rate"):
             if isinstance(getattr(self, name), str) or not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)!r}")
