@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from .files import atomic_path
 
-# %% ../nbs/70_figures.ipynb #9cfb06e3
+# %% ../nbs/70_figures.ipynb #ab236f97
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MASK, PREDICTION = "#E69F00", "#56B4E9"
 NOTE = "synthetic, no clinical claim"
@@ -40,7 +40,7 @@ def _figure(width: float, height: float) -> Iterator[Figure]:
 def _note(fig: Figure, synthetic: bool) -> Figure:
     "Say on the figure itself that its numbers come from phantoms."
     if synthetic:
-        fig.text(0.995, -0.02, NOTE, ha="right", va="top", fontsize=6, color="0.4")
+        fig.text(0.995, -0.045, NOTE, ha="right", va="top", fontsize=6, color="0.4")
     return fig
 
 # %% ../nbs/70_figures.ipynb #65b463cb
@@ -115,11 +115,12 @@ def overlays(examples: Mapping[str, Mapping[str, np.ndarray]], synthetic: bool =
         fig.tight_layout(pad=0.3)
         return _note(fig, synthetic)
 
-# %% ../nbs/70_figures.ipynb #90309ae9
+# %% ../nbs/70_figures.ipynb #e552d912
 def cohort_sheet(rows: Mapping[str, Sequence[tuple[str, np.ndarray, np.ndarray]]], synthetic: bool = True) -> Figure:
     "One row of pictures per cohort; rows[name]: (patient, CT (H, W) in 0..1, mask (H, W)) ..."
     columns = max(len(row) for row in rows.values())
-    with _figure(PAGE, 1.4 * PAGE / columns * len(rows)) as fig:
+    side = PAGE / max(5, columns)
+    with _figure(side * columns, 1.4 * side * len(rows)) as fig:
         axes = fig.subplots(len(rows), columns, squeeze=False)
         for ax in axes.flat:
             ax.set_axis_off()
