@@ -137,7 +137,7 @@ def _explain(error: dict[str, Any]) -> str:
         hint = "; YAML reads 1e-3 as text, write 1.0e-3" if "e" in str(value).lower() else ""
     return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, not {value!r}{hint}"
 
-# %% ../nbs/42_study.ipynb #14fb6c56
+# %% ../nbs/42_study.ipynb #44f8cdba
 def _check_runs(study: Study, where: str) -> None:
     "Raises: ValueError for a method or region that does not exist, and for a run that is listed twice."
     from sahlora.transfer import STRATEGIES
@@ -155,7 +155,7 @@ def _check_runs(study: Study, where: str) -> None:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{where}: runs: {twice[0]} stands in it twice; drop one")
 
-
+# %% ../nbs/42_study.ipynb #75f0dbc5
 def read_study(path: str | Path) -> Study:
     "The study in a YAML file. Raises: FileNotFoundError that lists the studies there; ValueError that names each key."
     path = Path(path)
