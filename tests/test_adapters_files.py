@@ -769,3 +769,159 @@ def test_what_compress_refuses():
     merge(net)
     with pytest.raises(RuntimeError, match="unmerge"):
         compress(net, 2)
+
+
+# ----- what an audit found
+
+
+def test_a_compressed_adapter_is_one_adapter_in_its_file(tmp_path):
+    """Whatever comes before the first adapted layer: one configuration, and the same output after loading."""
+    x = image()
+    for method, options in (
+        ("convlora", {"batchnorm": "adapt"}),
+        ("cp-lora", {"alpha": 32, "scaling": "rslora", "modules_to_train": "0"}),
+        ("dora-c", {"modules_to_train": "0", "alpha": 3, "rank_setting": "r", "detach_norm": False}),
+    ):
+
+        def made():
+            torch.manual_seed(0)
+            layers = nn.BatchNorm2d(2), nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Conv2d(3, 1, 1)
+            return nn.Sequential(*layers).double().eval()
+
+        net, twin = made(), made()
+        adapt(net, method, rank=2, **options)
+        randomize(net, 1)
+        compress(net, 2)
+        y, path = out(net, x), save_adapter(net, tmp_path / "small.safetensors")
+        assert load_adapter(twin, path).method in ("cp-lora", "cp-dora") and same_tensor(out(twin, x), y)
+        assert len({str(part.config) for part in net.modules() if hasattr(part, "config")}) == 1
+        header = read_adapter(path)[0]["adapter"]
+        assert header["alpha"] is None and header["scaling"] == "lora"
+        assert header["options"] == ({"detach_norm": False} if method == "dora-c" else {})
+
+
+@pytest.mark.parametrize("changes", [{"alpha": 32}, {"method": "convlora"}, {"dropout": 0.5}, {"scaling": "rslora"}])
+def test_parts_adapted_differently_under_one_name_are_no_one_adapter(changes, tmp_path):
+    net, path = toy(), tmp_path / "a.safetensors"
+    adapt(net.down, "cp-lora", rank=2, alpha=2)
+    adapt(net.up, **{"method": "cp-lora", "rank": 1, "alpha": 2, **changes})
+    for act in (lambda: save_adapter(net, path), lambda: compress(net, 1), lambda: to_peft(net, tmp_path / "peft")):
+        with pytest.raises(ValueError, match=f"(?s)'default'.*{next(iter(changes))}="):
+            act()
+    assert list(tmp_path.iterdir()) == [] and adapters(net) == ["default"]
+    save_adapter(net.up, path)  # the parts are whole
+
+
+def test_parts_adapted_alike_under_one_name_are_one_adapter(tmp_path):
+    net, twin, x = toy(), toy(), image()
+    adapt(net.down, "cp-lora", rank=2, alpha=3, where="0")
+    adapt(net.up, "cp-lora", rank=1, alpha=3)
+    randomize(net, 1)
+    path = save_adapter(net, tmp_path / "a.safetensors")
+    load_adapter(twin, path)
+    assert same_tensor(out(twin, x), out(net, x)) and worst(out(net, x), out(toy(), x)) > 1e-3
+    assert read_adapter(path)[0]["adapter"]["where"] == "0, every convolution"
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compressing_in_training_or_under_autocast_compresses_all_of_the_update(autocast):
+    net = toy(torch.float32)
+    adapt(net, "convlora", rank=2, dropout=0.5)
+    randomize(net, 1)
+    before = {name: delta_weight(layer).detach().clone() for name, layer in adapted_layers(net.eval()).items()}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        made = compress(net.train(), 60)
+    assert made.error < 1e-3
+    for name, layer in adapted_layers(net).items():
+        gap = (delta_weight(layer).detach() - before[name]).norm() / before[name].norm()
+        assert gap < 2e-3 and made.errors[name] == pytest.approx(gap.item(), abs=1e-5)
+
+
+def test_empty_adapters_change_nothing(tmp_path):
+    net, path = saved(tmp_path, modules_to_train="out")
+    header, tensors = read_adapter(path)
+    from sahlora.adapters.files import checksum
+    from sahlora.files import save_tensors
+
+    for extras in ({}, header["extras"]):
+        kept = {key: t for key, t in tensors.items() if any(key.startswith(name) for name in extras)}
+        empty = {key: value for key, value in header.items() if key != "checksum"} | {"layers": {}, "extras": extras}
+        save_tensors(path, kept, {**empty, "checksum": checksum(empty, kept)})
+        refused(toy(), path, words=["no layer"])
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    save_file({}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8}))
+    net = toy()
+    before = photo(net)
+    with pytest.raises(ValueError, match="(?s)peft.*no layer"):
+        from_peft(net, folder)
+    assert untouched(net, before) and adapters(net) == []
+
+
+def test_numbers_from_numpy_are_plain_in_the_file(tmp_path):
+    numpy = pytest.importorskip("numpy")
+    net, twin = toy(), toy()
+    adapt(net, "cp-lora", rank=numpy.int64(2), alpha=numpy.float32(8), dropout=numpy.float32(0.25))
+    randomize(net, 1)
+    path = save_adapter(net, tmp_path / "a.safetensors")
+    load_adapter(twin, path)
+    assert same_tensor(out(twin, image()), out(net, image()))
+    assert read_adapter(path)[0]["adapter"]["alpha"] == 8 and read_adapter(path)[0]["adapter"]["dropout"] == 0.25
+
+
+def test_odd_tensors_of_the_base(tmp_path):
+    """Conjugate and negative views are hashed by their values; what has no values is refused by name."""
+    buffer, path = torch.randn(3, dtype=torch.complex64, generator=torch.Generator().manual_seed(0)), tmp_path / "a"
+    net, twin, other = toy(), toy(), toy()
+    for model, value in ((net, buffer.conj()), (twin, buffer.conj().resolve_conj()), (other, buffer)):
+        model.mid.register_buffer("wave", value)
+        model.mid.register_buffer("phase", value.imag)  # of a conjugate: a negative view
+    adapt(net, "cp-lora", rank=1)
+    save_adapter(net, path)
+    load_adapter(twin, path)
+    refused(other, path, words=["mid"])
+    for make, word in ((lambda t: t.to_sparse(), "sparse"), (lambda t: t.to("meta"), "meta")):
+        odd = toy()
+        odd.mid.register_buffer("odd", make(torch.eye(3)))
+        adapt(odd, "cp-lora", rank=1)
+        with pytest.raises(ValueError, match=f"(?s)'odd' of 'mid'.*{word}"):
+            save_adapter(odd, tmp_path / "b")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_peft_folders_without_a_name_or_a_scale(tmp_path):
+    single = nn.Conv2d(2, 3, 3)
+    adapt(single, "convlora", rank=1)
+    with pytest.raises(ValueError, match="Sequential"):
+        to_peft(single, tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+    net = plain()
+    adapt(net, "convlora", rank=1)
+    to_peft(net, tmp_path / "peft")
+    settings = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    for changes in ({"lora_alpha": None}, {"lora_alpha": "8"}, {}):
+        changed = {**settings, **changes}
+        if not changes:
+            del changed["lora_alpha"]
+        (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(changed))
+        target = plain()
+        with pytest.raises(ValueError, match="(?s)peft.*lora_alpha"):
+            from_peft(target, tmp_path / "peft")
+        assert adapters(target) == []
+
+
+def test_names_and_ranks_are_checked_in_every_way_in(tmp_path):
+    net, path = saved(tmp_path)
+    delta = torch.randn(3, 3, 3, 3)
+    for bad in (True, 1.5, "3", None, {"x": 1}):
+        with pytest.raises(TypeError, match="rank.*whole number"):
+            compress(delta, bad)
+    with pytest.raises(TypeError, match="non-empty"):
+        compress(net, 1, name="")
+    refused(toy(), path, words=["non-empty"], name="")
+    to_peft_from = plain()
+    adapt(to_peft_from, "convlora", rank=1)
+    with pytest.raises(TypeError, match="non-empty"):
+        from_peft(plain(), to_peft(to_peft_from, tmp_path / "peft"), name="")
+    assert adapters(net) == ["default"]

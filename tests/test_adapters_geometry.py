@@ -806,3 +806,21 @@ def test_the_reference_itself():
     W = torch.tensor([[[[3.0, 4.0]]], [[[0.0, 2.0]]]])
     f = {"A": torch.zeros(1, 1, 1, 2), "B": torch.zeros(2, 1), "m": torch.tensor([10.0, 1.0])}
     assert weight("convdora", W, f, conv).flatten().tolist() == [6, 8, 0, 1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_looking_at_a_layer_in_training_or_under_autocast_shows_all_of_it(method):
+    """No component dropped, and in the dtype in which the layer computes."""
+    conv = make(*LAYERS["2d"][:2], dtype=torch.float32)
+    net, layer = adapted(conv, method, 4, dropout=0.5)
+    randomize(net, 1)
+    net.eval()
+    looks = [look(layer).detach().clone() for look in (delta_weight, effective_weight)]
+    net.train()
+    for _ in range(5):
+        for look, expected in zip((delta_weight, effective_weight), looks, strict=True):
+            assert same_tensor(look(layer).detach(), expected)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert same_tensor(look(layer).detach(), expected)
+    x = example(conv, LAYERS["2d"][2], torch.float32)
+    assert not torch.equal(net(x), net(x)), "the layer itself drops components in training"

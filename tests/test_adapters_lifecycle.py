@@ -1,5 +1,6 @@
 """Adapters put on, switched, merged, copied, taken off: the base comes back to the bit, and no failure is silent."""
 
+import contextlib
 import copy
 import gc
 import io
@@ -395,14 +396,13 @@ def test_only_the_train_policy_trains_the_norms_weights():
         assert same_bits(base_part(net), bits(base))
         plain = merged_copy(net)
         changed = {key for key, value in bits(plain).items() if not same_tensor(value, bits(base)[key])}
-        statistics = {
-            f"{n}.{k}" for n in ("down.1", "norm") for k in ("running_mean", "running_var", "num_batches_tracked")
-        }
-        affine = {f"{n}.{k}" for n in ("down.1", "norm") for k in ("weight", "bias")}
+        # beside mid there is norm; down.1 belongs to a block with a convolution of its own
+        statistics = {f"norm.{k}" for k in ("running_mean", "running_var", "num_batches_tracked")}
+        affine = {"norm.weight", "norm.bias"}
         assert changed == {"mid.weight"} | {"frozen": set(), "adapt": statistics, "train": statistics | affine}[policy]
         remove(net)
         assert same_bits(bits(net), bits(base))
-    assert found["frozen"] == found["adapt"] == 4 + 2 + 3 + 3 and found["train"] == found["frozen"] + 16
+    assert found["frozen"] == found["adapt"] == 4 + 2 + 3 + 3 and found["train"] == found["frozen"] + 8
 
 
 @pytest.mark.parametrize("policy", ["frozen", "adapt", "train"])
@@ -1087,6 +1087,17 @@ def bad(words, error=ValueError, **changes):
         bad(["decodin", "decoding"], where="decodin"),
         bad(["dwn*"], where="dwn*"),
         bad(["down.7"], where=["mid", "down.7"]),
+        bad(["'norm'", "no convolution"], where=["mid", "norm"]),
+        bad(["'down.[12]'", "no convolution"], where=["down.[12]", "mid"]),
+        bad(["modules_to_train='down.2'", "no parameters"], modules_to_train=["out", "down.2"]),
+        bad(["modules_to_train=None", "()"], (TypeError,), modules_to_train=None),
+        bad(["modules_to_train", "names"], (TypeError,), modules_to_train=["out", 3]),
+        bad(["alpha='8'", "number"], (TypeError, ValueError), alpha="8"),
+        bad(["alpha=True", "number"], (TypeError, ValueError), alpha=True),
+        bad(["alpha=tensor(8.)", "number"], (TypeError, ValueError), alpha=torch.tensor(8.0)),
+        bad(["dropout='0.1'", "probability"], (TypeError, ValueError), dropout="0.1"),
+        bad(["unknown method ['cp-lora']", *METHODS], (TypeError, ValueError), method=["cp-lora"]),
+        bad(["no rank", "'up'", "'out'"], (TypeError, ValueError), rank={"encoding": 2}),
         bad(["norm"], where="norm"),
         bad([], where=[]),
         bad([], where=lambda name, module: False),
@@ -1227,7 +1238,7 @@ class Sequences(RuleBasedStateMachine):
         torch.manual_seed(self.seed)
         options = {"modules_to_train": "norm"} if extra else {}
         adapt(self.net, method, rank=rank, where=where, name=name, batchnorm=batchnorm, **options)
-        self.state[name] = {"method": method, "f": {}, "extra": {}, "batchnorm": batchnorm}
+        self.state[name] = {"method": method, "f": {}, "extra": {}, "batchnorm": batchnorm, "where": where}
         self.active = name
         self.memory()
 
@@ -1280,7 +1291,9 @@ class Sequences(RuleBasedStateMachine):
         record, plain = self.state[self.active], self.plain(self.active)
         if record["batchnorm"] == "adapt":
             batch = image(seed=self.seed)
-            out(plain.train(), batch)
+            plain.train()
+            plain.down.train(record["where"] != "mid")  # a block of its own, not beside mid
+            out(plain, batch)
             out(self.net.train(), batch)
             self.net.eval()
             record["extra"] = {key: value for key, value in bits(plain).items() if "running" in key or "tracked" in key}
@@ -1534,3 +1547,333 @@ def test_traced_and_exported(method):
     assert worst(out(torch.export.export(net, (x,)).module(), x), out(net, x)) < 1e-12
     merge(net)
     assert worst(out(torch.export.export(net, (x,)).module(), x), out(net, x)) < 1e-12
+
+
+# ----- what an audit found
+
+
+def test_left_over_gradients_move_nothing():
+    """Gradients and momentum from before: an optimizer over everything moves the adapter alone."""
+    for kind in (torch.optim.Adam, lambda ps: torch.optim.SGD(ps, 0.1, momentum=0.9, weight_decay=0.1)):
+        net = toy().train()
+        old = kind(net.parameters())
+        net(image()).square().sum().backward()
+        old.step()
+        net(image()).square().sum().backward()
+        before = bits(net)
+        adapt(net, "cp-lora", rank=1, where="mid", modules_to_train="out")
+        assert all(p.grad is None for p in net.parameters())
+        new = kind(net.parameters())
+        old.zero_grad(set_to_none=False)
+        net(image()).square().sum().backward()
+        old.step()
+        new.step()
+        assert same_bits(base_part(net), before) and net.mid.adapter.a.any()
+
+
+def test_parts_with_different_adapters_on():
+    """What is on in a part alone stays apart: nothing is merged that is off, nothing is dropped in silence."""
+    base, net, x = toy(), toy(), image()
+    adapt(net, "cp-lora", rank=1, name="a")
+    adapt(net.down, "convlora", rank=1, name="b")
+    randomize(net, 1)
+    y, before = out(net, x), photo(net)
+    asks = (active_adapter, adapted_layers, merge, merged_copy, lambda n: save_adapter(n, "never"))
+    for ask in asks:
+        with pytest.raises(RuntimeError, match="(?s)'b'.*'a'|'a'.*'b'.*activate"):
+            ask(net)
+        assert untouched(net, before) and same_tensor(out(net, x), y)
+    assert list(adapted_layers(net, "a")) == CONVS and list(adapted_layers(net.down)) == ["0"]
+    with disabled(net):
+        assert same_tensor(out(net, x), out(base, x))
+    for part in (net.down, net.mid, net.up, net.out):  # one by one
+        merge(part)
+    assert is_merged(net) and same_tensor(out(net, x), y)
+    unmerge(net)
+    assert untouched(net, before) and same_tensor(out(net, x), y)
+    activate(net, "a")
+    merge(net)
+    assert active_adapter(net) == "a" and worst(out(net, x), y) > 1e-6
+    remove(net)
+    assert same_bits(bits(net), bits(base)) and kinds(net) == kinds(base)
+
+
+@pytest.mark.parametrize("act", [lambda part: deactivate(part), lambda part: adapt(part, "convlora", 1, name="b")])
+def test_what_is_off_in_a_part_is_not_merged_there(act):
+    net, x = toy(), image()
+    adapt(net, "cp-lora", rank=1, name="a")
+    randomize(net, 1)
+    act(net.up)
+    if "b" in adapters(net):
+        remove(net.up, "b")
+    y = out(net, x)
+    assert same_tensor(out(merged_copy(net), x), y)
+    merge(net)
+    assert same_tensor(out(net, x), y) and same_tensor(out(merged_copy(net), x), y)
+    unmerge(net)
+    merge(net.mid)  # and a copy of a network that is merged in one part is whole
+    assert same_tensor(out(merged_copy(net), x), y)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_merged_layer_before_an_operation_in_place(method):
+    """In training mode too, with and without a batch axis, for every kind of convolution."""
+
+    def inplace(*layers):
+        return nn.Sequential(*[m for layer in layers for m in (layer, nn.ReLU(inplace=True))]).double()
+
+    torch.manual_seed(0)
+    flat = inplace(nn.Conv2d(2, 4, 3, padding=1), nn.ConvTranspose2d(4, 3, 2), nn.Conv2d(3, 1, 1))
+    line = inplace(nn.Conv1d(2, 4, 3, padding=1, padding_mode="reflect"), nn.ConvTranspose1d(4, 3, 2))
+    for net, x in ((flat, image()), (flat, image()[0]), (line, image()[:, :, 0]), (line, image()[0, :, 0])):
+        adapt(net, method, rank=2)
+        randomize(net, 1)
+        y = net.train()(x).detach()
+        merge(net)
+        assert net.training and same_tensor(net(x).detach(), y)
+        for seen in (x, x.clone().requires_grad_()):
+            with pytest.raises(RuntimeError, match="unmerge"):
+                net(seen).sum().backward()
+        remove(net)
+
+
+def test_training_while_merged_in_eval_mode():
+    net, x = toy(), image()
+    adapt(net, "convlora", rank=1, modules_to_train="out")
+    randomize(net, 1)
+    y = out(net, x)
+    merge(net)
+    with pytest.raises(RuntimeError, match="unmerge"):
+        net.eval()(x).square().sum().backward()
+    with torch.no_grad():
+        assert same_tensor(net(x), y) and not net(x).requires_grad
+    seen = x.clone().requires_grad_()  # a map of what the output depends on is no training
+    net(seen).sum().backward()
+    plain, other = merged_copy(net), x.clone().requires_grad_()
+    plain(other).sum().backward()
+    assert same_tensor(seen.grad, other.grad)
+    traced = torch.jit.trace(net, x)
+    torch.jit.save(traced, io.BytesIO())
+    assert worst(out(traced, x), y) < 1e-12
+    slices = torch.vmap(lambda one: net(one[None])[0])(x)
+    assert worst(slices, y) < 1e-12
+
+
+def test_a_region_named_as_its_module():
+    net = toy()
+    net.regions = {"mid": ["mid"], "up": "up", "down": ["down", "mid"], "both": ["mid", "up"]}
+    for where, names in (("mid", ["mid"]), ("up", ["up"]), ("down", ["down.0", "mid"]), ("both", ["mid", "up"])):
+        adapt(net, "cp-lora", rank=1, where=where)
+        assert list(adapted_layers(net)) == names
+        remove(net)
+    net.regions = {"all": ["both"], "both": ["mid"]}  # regions do not hold regions: a cycle could hide there
+    with pytest.raises(ValueError, match="(?s)region 'all'.*'both'"):
+        adapt(net, "cp-lora", rank=1, where="all")
+
+
+class Tied(nn.Module):
+    "Three convolutions, of which two share a weight, and two linear layers that do."
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = (nn.Conv2d(2, 2, 3, padding=1) for _ in range(2))
+        self.first, self.last = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.other.weight, self.last.weight = self.one.weight, self.first.weight
+
+    def forward(self, x):
+        return self.last(self.first(self.other(self.one(x).relu())).relu())
+
+
+def tied():
+    torch.manual_seed(0)
+    return Tied().double().eval()
+
+
+def test_flags_of_tied_weights_come_back():
+    net = tied()
+    net.last.bias.requires_grad_(False)
+    before = kinds(net)
+    made = adapt(net, "cp-lora", rank=1)
+    assert made.network == sum(p.numel() for p in Tied().parameters()) == 36 + 4 + 25 + 10
+    assert {n: p.requires_grad for n, p in merged_copy(net).named_parameters()} == {
+        name: name != "last.bias" for name, _ in net.named_parameters() if "adapter" not in name
+    } | {"other.weight": True}
+    remove(net)
+    assert kinds(net) == before and net.last.weight is net.first.weight
+
+
+def test_tied_modules_trained_in_full_stay_tied(tmp_path):
+    base, net, x = tied(), tied(), image()
+    made = adapt(net, "cp-lora", rank=1, where="one", modules_to_train=["first", "last"])
+    assert made.parameters == sum(p.numel() for p in net.parameters() if p.requires_grad) == 2 + 2 + 3 + 3 + 25 + 10
+    assert net.first.weight is net.last.weight
+    train(net, 3)
+    y = out(net, x)
+    assert net.first.weight is net.last.weight and worst(y, out(base, x)) > 1e-3
+    assert same_bits(base_part(net), bits(base))
+    plain = merged_copy(net)
+    assert plain.first.weight is plain.last.weight and worst(out(plain, x), y) < 1e-12
+    twin = tied()
+    load_adapter(twin, save_adapter(net, tmp_path / "a.safetensors"))
+    assert twin.first.weight is twin.last.weight and same_tensor(out(twin, x), y)
+    for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert copied.first.weight is copied.last.weight
+    remove(net)
+    assert same_bits(bits(net), bits(base)) and net.first.weight is net.last.weight
+
+
+@pytest.mark.parametrize("alone", ["first", "other"])
+def test_one_of_two_tied_modules_learns_a_copy(alone):
+    """The other one keeps the base's tensor, or has an adapter of its own over it; afterwards they are one again."""
+    net, base, x = tied(), tied(), image()
+    adapt(net, "cp-lora", rank=1, where="one", modules_to_train=alone)
+    train(net, 3)
+    y = out(net, x)
+    assert same_bits(base_part(net), bits(base)) and worst(y, out(base, x)) > 1e-3
+    assert worst(out(merged_copy(net), x), y) < 1e-12
+    with disabled(net):
+        assert same_tensor(out(net, x), out(base, x)) and net.first.weight is net.last.weight
+    remove(net)
+    assert same_bits(bits(net), bits(base)) and net.first.weight is net.last.weight and kinds(net) == kinds(base)
+
+
+def test_a_forward_put_on_the_layer_itself_is_refused():
+    for key in ("forward", "_conv_forward"):
+        net = toy()
+        setattr(net.mid, key, getattr(net.mid, key))
+        before = photo(net)
+        with pytest.raises(TypeError, match="'mid'.*forward of its own"):
+            adapt(net, "cp-lora", rank=1)
+        assert untouched(net, before)
+        adapt(net, "cp-lora", rank=1, where="decoding")
+
+
+class Spectral(nn.Module):
+    "A convolution to adapt, beside spectral norms of both makes."
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3, padding=1)
+        self.new = nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 2, 3, padding=1))
+        self.old = nn.utils.spectral_norm(nn.Linear(5, 5))
+
+    def forward(self, x):
+        return self.old(self.new(self.conv(x)).relu())
+
+
+def test_spectral_norms_of_the_base_stay(tmp_path):
+    torch.manual_seed(0)
+    net, x = Spectral().double().train(), image()
+    out(net, x)
+    base = copy.deepcopy(net)
+    adapt(net, "cp-lora", rank=1, where="conv")
+    train(net, 3)
+    assert same_bits(base_part(net), bits(base)) and worst(out(net, x), out(base.eval(), x)) > 1e-3
+    twin = copy.deepcopy(base)
+    load_adapter(twin, save_adapter(net, tmp_path / "a.safetensors"))
+    assert worst(out(twin.eval(), x), out(net, x)) < 1e-12
+    net.train()
+    remove(net)
+    assert kinds(net) == kinds(base.train()) and same_bits(bits(net), bits(base))
+    assert same_tensor(out(net, x), out(base, x)) and same_bits(bits(net), bits(base))
+    assert not same_bits(bits(net), bits(twin.eval()))
+
+
+def test_a_spectral_norm_trained_in_full_iterates_on_its_own_copies():
+    torch.manual_seed(0)
+    net, x = Spectral().double().train(), image()
+    out(net, x)
+    base, plain = copy.deepcopy(net), copy.deepcopy(net)
+    adapt(net, "cp-lora", rank=1, where="conv", modules_to_train="old")
+    for model, p in ((net, net.old.weight_orig), (plain, plain.old.weight_orig)):
+        model.train()
+        plain.new.eval()
+        if model is plain:
+            plain.new.parametrizations.eval()
+        with torch.no_grad():
+            p.mul_(1.5).add_(0.1)
+            model(x)
+    assert worst(net.old.weight_u, plain.old.weight_u) < 1e-12 < worst(plain.old.weight_u, base.old.weight_u)
+    assert same_bits(base_part(net), bits(base))
+    assert worst(out(net.eval(), x), out(plain.eval(), x)) < 1e-12
+    remove(net)
+    assert same_bits(bits(net), bits(base))
+
+
+def test_a_shared_convolution_is_found_under_each_name():
+    shared = nn.Conv2d(2, 2, 3, padding=1)
+    net = nn.ModuleDict(
+        {"enc": nn.ModuleDict({"c": shared}), "dec": nn.ModuleDict({"c": shared, "d": nn.Conv2d(2, 2, 1)})}
+    )
+    for where, names in (("dec", ["enc.c", "dec.d"]), ("dec.c", ["enc.c"]), ("d*.c", ["enc.c"]), ("enc", ["enc.c"])):
+        made = adapt(net, "cp-lora", rank={"dec.c": 2, "*": 1} if where == "dec" else 2, where=where)
+        assert [row.layer for row in made.rows] == list(adapted_layers(net)) == names
+        assert made.rows[0].rank == 2
+        remove(net)
+    adapt(net, "cp-lora", rank=1, where="dec.d", modules_to_train="dec.c")
+    assert [n for n, p in net.named_parameters() if p.requires_grad and "enc.c" in n]
+
+
+def test_norms_without_statistics_are_trained_by_the_train_policy():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3, track_running_stats=False), nn.InstanceNorm2d(3, affine=True)
+    ).double()
+    net.train()
+    before = photo(net)
+    for policy, names in (("frozen", ["0"]), ("adapt", ["0"]), ("train", ["0", "1"])):
+        made = adapt(net, "cp-lora", rank=1, batchnorm=policy)
+        assert [row.layer for row in made.rows] == names
+        net.eval()
+        net(image()).square().sum().backward()
+        assert policy != "train" or net[1].adapter.weight.grad.any()
+        remove(net)
+        assert not any(module.training for module in net.modules()), "the mode of every norm is the user's"
+        assert untouched(net.train(), before)
+
+
+def test_norms_follow_beside_a_convolution_but_not_in_other_blocks():
+    def block():
+        unit = nn.Sequential(nn.BatchNorm2d(2), nn.ReLU())  # norm and activation in a block of their own
+        return nn.ModuleDict({"conv": nn.Conv2d(2, 2, 1), "adn": unit})
+
+    net = nn.ModuleDict({"stem": nn.Conv2d(2, 2, 1), "bn": nn.BatchNorm2d(2), "a": block(), "b": block()})
+    for where, norms in (
+        ("stem", ["bn"]),
+        ("a.conv", ["a.adn.0"]),
+        (["a.conv", "stem"], ["bn", "a.adn.0"]),
+        (["stem", "b.adn"], ["bn", "b.adn.0"]),
+        ("b", ["b.adn.0"]),
+        (lambda name, conv: name == "b.conv", ["b.adn.0"]),
+        (None, ["bn", "a.adn.0", "b.adn.0"]),
+    ):
+        made = adapt(net, "cp-lora", rank=1, where=where, batchnorm="adapt")
+        assert [row.layer for row in made.rows if row.rank is None] == norms
+        remove(net)
+
+
+def test_ranks_by_region():
+    net = toy()
+    made = adapt(net, "cp-lora", rank={"out": 1, "decoding": 5, "*": 2})
+    assert {row.layer: row.rank for row in made.rows} == {"down.0": 2, "mid": 2, "up": 5, "out": 1}
+
+
+def test_a_network_without_values_can_be_planned():
+    """On the meta device, which knows no autocast."""
+    with torch.device("meta"):
+        net = Toy().eval()
+    for method in METHODS:
+        adapt(net, method, rank=1, name=method)
+        for context in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+            with context:
+                assert net(torch.empty(1, 2, 6, 5, device="meta")).shape == (1, 1, 12, 10)
+                assert effective_weight(net.mid).shape == delta_weight(net.mid).shape == net.mid.weight.shape
+
+
+def test_data_parallel_is_refused_in_words():
+    net = toy()
+    net.mid._replicate_for_data_parallel()
+    adapt(net, "cp-lora", rank=1)
+    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+        for module in net.modules():
+            module._replicate_for_data_parallel()

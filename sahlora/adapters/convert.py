@@ -5,23 +5,24 @@
 # %% auto #0
 __all__ = ['check_peft', 'as_convlora', 'to_peft', 'from_peft', 'cp_project', 'Compression', 'compress']
 
-# %% ../../nbs/38_adapters.convert.ipynb #632cf4a4
+# %% ../../nbs/38_adapters.convert.ipynb #0b61810b
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .core import Adapter, Config, Part, delta_weight, update, wrapped_name
+from .core import METHODS, Adapter, Config, Part, check_config, delta_weight, update, wrapped_name
 from .cp_lora import cp_delta, khatri_rao
 from .network import Extras, Summary, adapters, install, markdown_table, parts_of, refuse_merged
-from .network import require, summary, text_table
-from .select import base_modules, check_conv, nearest, ranks
+from .network import require, shared_config, summary, text_table
+from .select import base_modules, check_conv, check_rank, nearest, ranks
 from ..files import atomic_path, read_json, write_json
 
 # %% ../../nbs/38_adapters.convert.ipynb #efa87647
@@ -45,10 +46,9 @@ def as_convlora(name: str, adapter: Adapter) -> tuple[Tensor, Tensor]:
         return f["a"], khatri_rao(*(f[key] for key in "bcde" if key in f)).T.reshape(-1, *adapter.view[1:])
     raise ValueError(f"{name!r}: {adapter.config.method} is not of PEFT's form; compress(net, rank) makes it CP first")
 
-# %% ../../nbs/38_adapters.convert.ipynb #46185771
-def _settings(layers: Mapping[str, Adapter], dora: bool) -> dict[str, object]:
+# %% ../../nbs/38_adapters.convert.ipynb #1c3d44f3
+def _settings(config: Config, layers: Mapping[str, Adapter], dora: bool) -> dict[str, object]:
     "PEFT's configuration: common rank and alpha, exceptions by layer."
-    config = next(iter(layers.values())).config
     rank = Counter(adapter.rank for adapter in layers.values()).most_common(1)[0][0]
     others = {f"^{re.escape(n)}$": a.rank for n, a in layers.items() if a.rank != rank}
     return {
@@ -58,7 +58,7 @@ def _settings(layers: Mapping[str, Adapter], dora: bool) -> dict[str, object]:
         "use_dora": dora, "lora_dropout": 0.0, "target_modules": "|".join(f"^{re.escape(n)}$" for n in layers),
     }  # fmt: skip
 
-# %% ../../nbs/38_adapters.convert.ipynb #131e7cd4
+# %% ../../nbs/38_adapters.convert.ipynb #b247042b
 def to_peft(net: nn.Module, folder: str | Path, name: str | None = None) -> Path:
     """Write an adapter (default: the active one) as a PEFT LoRA folder; returns the folder.
 
@@ -69,10 +69,13 @@ def to_peft(net: nn.Module, folder: str | Path, name: str | None = None) -> Path
     name = require(net, name)
     refuse_merged(net, "converting an adapter")
     parts = parts_of(net, name)
+    config = shared_config(parts)
     if extra := [n for n, (_, part) in parts.items() if isinstance(part, Extras)]:
         raise ValueError(f"the adapter also holds tensors of {extra[0]!r}, for which PEFT's format has no place here")
     tensors = {}
     for n, (conv, part) in parts.items():
+        if not n:
+            raise ValueError("PEFT's format knows layers by name: put this one in an nn.Sequential, then adapt that")
         check_peft(n, conv)
         B, A = as_convlora(n, part)
         key, ones = f"base_model.model.{n}", [1] * (A.dim() - 2)
@@ -83,7 +86,7 @@ def to_peft(net: nn.Module, folder: str | Path, name: str | None = None) -> Path
     tensors = {key: t.cpu().contiguous().clone() for key, t in tensors.items()}
     with atomic_path(Path(folder) / "adapter_model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-    write_json(Path(folder) / "adapter_config.json", _settings(layers, any(a.wrapper for a in layers.values())))
+    write_json(Path(folder) / "adapter_config.json", _settings(config, layers, bool(METHODS[config.method].wrapper)))
     return Path(folder)
 
 # %% ../../nbs/38_adapters.convert.ipynb #5f183880
@@ -136,7 +139,7 @@ def _from_layer(net: nn.Module, name: str, tensors: Mapping[str, Tensor], config
         own.data.copy_(value)
     return adapter
 
-# %% ../../nbs/38_adapters.convert.ipynb #20252138
+# %% ../../nbs/38_adapters.convert.ipynb #dfabbaa2
 def from_peft(net: nn.Module, folder: str | Path, name: str = "default") -> Summary:
     """Put a PEFT LoRA or DoRA folder on `net` as convLoRA or convDoRA and switch it on; checked first.
 
@@ -148,10 +151,15 @@ def from_peft(net: nn.Module, folder: str | Path, name: str = "default") -> Summ
         raise ValueError(f"there is an adapter named {name!r} already; give another name=")
     settings, layers = _read_peft(Path(folder))
     config = Config(name, "convdora" if settings.get("use_dora") else "convlora", where=", ".join(layers))
+    check_config(config)
+    if not layers:
+        raise ValueError(f"{folder}: adapter_model.safetensors holds no layer; save the adapter again")
     parts = {}
     for layer, tensors in layers.items():
         rank = tensors["lora_A"].shape[0] if "lora_A" in tensors else 1
-        alpha = _pattern(settings.get("alpha_pattern"), layer, settings["lora_alpha"])
+        alpha = _pattern(settings.get("alpha_pattern"), layer, settings.get("lora_alpha"))
+        if not isinstance(alpha, Real):
+            raise ValueError(f"{folder}: lora_alpha of {layer!r} is {alpha!r}; give a number in adapter_config.json")
         scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
         try:
             parts[layer] = _from_layer(net, layer, tensors, config, scale)
@@ -160,7 +168,7 @@ def from_peft(net: nn.Module, folder: str | Path, name: str = "default") -> Summ
     install(net, name, parts)
     return summary(net)
 
-# %% ../../nbs/38_adapters.convert.ipynb #b6a52e53
+# %% ../../nbs/38_adapters.convert.ipynb #094cb39f
 def _first_guess(D: Tensor, rank: int) -> list[Tensor]:
     "Leading left singular vectors of every unfolding, filled up with fixed random columns."
     draw, factors = torch.Generator().manual_seed(0), []
@@ -172,12 +180,11 @@ def _first_guess(D: Tensor, rank: int) -> list[Tensor]:
 
 
 def cp_project(D: Tensor, rank: int) -> tuple[list[Tensor], float]:
-    "CP factors `(n_j, rank)` near the tensor `D`, balanced in size, and the relative error. Raises: ValueError."
+    "CP factors `(n_j, rank)` near `D`, balanced in size, and the relative error. Raises: ValueError, TypeError."
     import tensorly
     from tensorly.decomposition import parafac
 
-    if rank < 1:
-        raise ValueError(f"rank={rank}: a rank is at least 1")
+    rank = check_rank(rank)
     dense = D.detach().double().cpu()
     if not dense.isfinite().all():
         raise ValueError("the update holds values that are not finite; train it again with a lower learning rate")
@@ -222,7 +229,7 @@ def _total(errors: Mapping[str, float], norms: Mapping[str, float]) -> float:
     whole = sum(n**2 for n in norms.values())
     return (sum((errors[k] * norms[k]) ** 2 for k in norms) / whole) ** 0.5 if whole else 0.0
 
-# %% ../../nbs/38_adapters.convert.ipynb #13b1dc84
+# %% ../../nbs/38_adapters.convert.ipynb #d4aadaf4
 def compress(net_or_delta: nn.Module | Tensor, rank: int | Mapping[str, int], name: str = "compressed") -> Compression:
     """Project a trained update to CP form of a given rank and report the error.
 
@@ -238,37 +245,45 @@ def compress(net_or_delta: nn.Module | Tensor, rank: int | Mapping[str, int], na
     if name in adapters(net):
         raise ValueError(f"there is an adapter named {name!r} already; choose another name=")
     found = parts_of(net, source)
-    wanted = ranks([n for n, (_, part) in found.items() if isinstance(part, Adapter)], rank)
-    parts, errors, norms, factors = {}, {}, {}, {}
-    for n, (module, part) in found.items():
-        if n in wanted:
-            D = part.swap(update(part).detach())
-            try:
-                factors[n], errors[n] = cp_project(D, wanted[n])
-            except ValueError as error:
-                raise ValueError(f"{n!r}: {error}") from error
-            norms[n], parts[n] = float(D.double().norm()), _cp_adapter(module, part, factors[n], name)
-        else:
-            parts[n] = _renamed(part, name)
+    config = _cp_config(shared_config(found), name)
+    layers = {n: (module, part) for n, (module, part) in found.items() if isinstance(part, Adapter)}
+    parts: dict[str, Part] = deepcopy({n: part for n, (_, part) in found.items() if n not in layers})
+    for part in parts.values():
+        part.config = config
+    wanted, errors, norms, factors = ranks(net, layers, rank), {}, {}, {}
+    for n, (module, part) in layers.items():
+        factors[n], errors[n], norms[n] = _project(n, part, wanted[n])
+        parts[n] = _cp_adapter(module, part, factors[n], config)
     counts = _count(part for _, part in found.values()), _count(parts.values())
     install(net, name, parts)
     return Compression(errors, _total(errors, norms), counts, factors)
 
-# %% ../../nbs/38_adapters.convert.ipynb #76439fca
+# %% ../../nbs/38_adapters.convert.ipynb #f8b73432
 def _count(parts: Iterable[Part]) -> int:
-    return sum(p.numel() for part in parts for p in part.parameters())
+    return sum({id(p): p.numel() for part in parts for p in part.parameters()}.values())
 
 
-def _renamed(part: Part, name: str) -> Part:
-    part = deepcopy(part)
-    part.config = replace(part.config, name=name)
-    return part
+def _cp_config(config: Config, name: str) -> Config:
+    "The settings of an adapter's CP form: one for all its parts, the scale inside the factors. Raises: TypeError."
+    wrapper = METHODS[config.method].wrapper
+    options = {key: v for key, v in config.options.items() if wrapper and key in wrapper.choices}
+    method = wrapped_name("cp-lora", wrapper.name) if wrapper else "cp-lora"
+    made = replace(config, name=name, method=method, alpha=None, scaling="lora", options=options)
+    check_config(made)
+    return made
 
 
-def _cp_adapter(conv: nn.Module, part: Adapter, factors: list[Tensor], name: str) -> Adapter:
+def _project(name: str, part: Adapter, rank: int) -> tuple[list[Tensor], float, float]:
+    "CP factors near one layer's update, the relative error, and the update's norm. Raises: ValueError."
+    D = part.swap(update(part).detach())
+    try:
+        return *cp_project(D, rank), float(D.double().norm())
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {error}") from error
+
+
+def _cp_adapter(conv: nn.Module, part: Adapter, factors: list[Tensor], config: Config) -> Adapter:
     "An adapter that holds CP factors, and under a wrapper the same parameters around them."
-    method = wrapped_name("cp-lora", part.wrapper.name) if part.wrapper else "cp-lora"
-    config = replace(part.config, name=name, method=method, alpha=None, scaling="lora", options=dict(part.wrapping))
     adapter, values = Adapter(conv, config, factors[0].shape[1]), dict(zip("abcde", factors, strict=False))
     for key, p in adapter.named_parameters():
         p.data.copy_(values[key] if key in values else part._parameters[key].detach())

@@ -9,10 +9,11 @@ __all__ = ['Shape', 'METHODS', 'WIDE', 'AdaptedConv1d', 'AdaptedConv2d', 'Adapte
            'conv_like', 'start', 'factors', 'update', 'adapted_weight', 'Record', 'Adapted', 'adapted_class',
            'AdaptedConv', 'AdaptedConvTranspose', 'touch', 'delta_weight', 'effective_weight']
 
-# %% ../../nbs/30_adapters.core.ipynb #b1bd6c8d
+# %% ../../nbs/30_adapters.core.ipynb #e7355d8f
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod, sqrt
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +112,7 @@ def register(part: Delta | Wrapper) -> None:
     for wrapper in _WRAPPERS.values():
         METHODS.update({wrapped_name(name, wrapper.name): Method(delta, wrapper) for name, delta in _DELTAS.items()})
 
-# %% ../../nbs/30_adapters.core.ipynb #8bf6285b
+# %% ../../nbs/30_adapters.core.ipynb #dd0e7041
 @dataclass(frozen=True)
 class Config:
     "What one adapter was asked to be: shared by its layers and written into its file."
@@ -126,6 +127,12 @@ class Config:
     where: str = "every convolution"
     options: dict[str, object] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for key in ("alpha", "dropout"):  # numpy's numbers as plain ones, which a file can hold
+            value = getattr(self, key)
+            if isinstance(value, Real) and not isinstance(value, (int, float)):
+                object.__setattr__(self, key, float(value))
+
     def scale(self, rank: int) -> float:
         "The factor s on the update: alpha / r or alpha / sqrt(r); alpha defaults to the rank."
         alpha = rank if self.alpha is None else self.alpha
@@ -135,7 +142,7 @@ class Config:
         "Plain values, as a file's header holds them; `Config(**values)` is the way back."
         return asdict(self)
 
-# %% ../../nbs/30_adapters.core.ipynb #f61dd16c
+# %% ../../nbs/30_adapters.core.ipynb #9643d957
 _CHOICES = {
     "scaling": ("lora", "rslora"),
     "batchnorm": ("frozen", "adapt", "train"),
@@ -145,7 +152,7 @@ _CHOICES = {
 
 def check_config(config: Config) -> None:
     "Raises: ValueError, TypeError for an unknown method or an option that is not one; says which there are."
-    if config.method not in METHODS:
+    if not isinstance(config.method, str) or config.method not in METHODS:
         raise ValueError(f"unknown method {config.method!r}; methods: {', '.join(METHODS)}")
     if not isinstance(config.name, str) or not config.name:
         raise TypeError(f"name={config.name!r}: an adapter's name is a non-empty string")
@@ -158,18 +165,25 @@ def check_config(config: Config) -> None:
             raise ValueError(f"{key}={value!r}: choose one of {', '.join(map(repr, known[key]))}")
     if config.execution == "chain" and (method.wrapper or not method.delta.chains):
         raise ValueError(f"{config.method} has no factor chain; use execution='weight'")
-    if isinstance(config.dropout, bool) or not 0 <= config.dropout < 1:
+    if not _is_number(config.dropout) or not 0 <= config.dropout < 1:
         raise ValueError(f"dropout={config.dropout!r}: a probability from 0 up to, but not, 1")
-    if config.alpha is not None and not 0 < config.alpha < float("inf"):
+    if config.alpha is not None and not (_is_number(config.alpha) and 0 < config.alpha < float("inf")):
         raise ValueError(f"alpha={config.alpha!r}: a positive number, or None for the rank")
 
-# %% ../../nbs/30_adapters.core.ipynb #889e73dc
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+# %% ../../nbs/30_adapters.core.ipynb #62637c29
 class Part(nn.Module):
     "What one module holds for one adapter."
 
     config: Config
 
+    def _replicate_for_data_parallel(self) -> "Part":
+        raise RuntimeError("nn.DataParallel can not copy adapters: use DistributedDataParallel, or merged_copy(net)")
 
+# %% ../../nbs/30_adapters.core.ipynb #678274e2
 class Adapter(Part):
     "Factors of one adapted convolution; their names and shapes are the formula's."
 
@@ -228,34 +242,47 @@ def conv_like(conv: nn.Module, x: Tensor, W: Tensor, groups: int = 1) -> Tensor:
         x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
     return _CONVS[W.dim() - 2](x, W, None, conv.stride, padding, conv.dilation, groups)
 
-# %% ../../nbs/30_adapters.core.ipynb #71f00266
+# %% ../../nbs/30_adapters.core.ipynb #78459cc8
 def start(adapter: Adapter) -> Adapter:
     "Draw the factors from torch's global generator; the update is exactly zero afterwards."
     adapter.delta.start({key: adapter._parameters[key] for key in adapter.shapes()})
     return adapter
 
 
-def factors(adapter: Adapter) -> dict[str, Tensor]:
-    "Parameters by name; in training with dropout, some components of the zero factor dropped."
+def factors(adapter: Adapter, dropout: bool = False) -> dict[str, Tensor]:
+    "Parameters by name; with `dropout`, in training, some components of the zero factor dropped."
     f: dict[str, Tensor] = dict(adapter._parameters)
-    if adapter.training and adapter.config.dropout:
+    if dropout and adapter.training and adapter.config.dropout:
         zero = f[adapter.delta.zero]
         f[adapter.delta.zero] = zero * F.dropout(zero.new_ones(zero.shape[-1]), adapter.config.dropout)
     return f
 
 
-def update(adapter: Adapter) -> Tensor:
-    "The scaled update `s * delta`, in the weight's stored layout."
-    D = adapter.delta.build(factors(adapter), adapter.view, **adapter.options)
+def _update(adapter: Adapter, dropout: bool = False) -> Tensor:
+    D = adapter.delta.build(factors(adapter, dropout), adapter.view, **adapter.options)
     return adapter.swap(D if adapter.scale == 1 else D * adapter.scale)
 
 
-def adapted_weight(adapter: Adapter, W: Tensor) -> Tensor:
+def _casts(W: Tensor) -> bool:
+    "Whether autocast would change the dtype of products on W's device; the meta device knows no autocast."
+    return not W.is_meta and torch.is_autocast_enabled(W.device.type)
+
+# %% ../../nbs/30_adapters.core.ipynb #8f90ebc1
+def update(adapter: Adapter) -> Tensor:
+    "The scaled update `s * delta`, in the weight's stored layout; without dropout, and not rounded under autocast."
+    zero = adapter._parameters[adapter.delta.zero]
+    if _casts(zero):
+        with torch.autocast(zero.device.type, enabled=False):
+            return _update(adapter)
+    return _update(adapter)
+
+
+def adapted_weight(adapter: Adapter, W: Tensor, dropout: bool = False) -> Tensor:
     "The weight that the convolution uses, from the base weight `W`; in W's dtype even under autocast."
-    if torch.is_autocast_enabled(W.device.type):
+    if _casts(W):
         with torch.autocast(W.device.type, enabled=False):
-            return adapted_weight(adapter, W)
-    V = W + update(adapter)
+            return adapted_weight(adapter, W, dropout)
+    V = W + _update(adapter, dropout)
     if adapter.wrapper is None:
         return V
     return adapter.swap(adapter.wrapper.weight(adapter.swap(V), adapter._parameters, **adapter.wrapping))
@@ -304,43 +331,51 @@ def _blank(mixin: type, base: type) -> object:
     cls = adapted_class(mixin, base)
     return cls.__new__(cls)
 
-# %% ../../nbs/30_adapters.core.ipynb #8b0d1160
+# %% ../../nbs/30_adapters.core.ipynb #1944a583
 class _Unmerge(torch.autograd.Function):
-    "Identity whose backward says that a merged network can not be trained."
+    "Identity on a merged weight whose backward says that a merged network can not be trained."
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: object, y: Tensor, parameter: Tensor) -> Tensor:
-        return y.view_as(y)
+    def forward(W: Tensor, parameter: Tensor) -> Tensor:
+        return W.view_as(W)
+
+    @staticmethod
+    def setup_context(ctx: object, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: object, *grads: Tensor) -> tuple[None, None]:
-        raise RuntimeError("the adapter is merged, training would not reach it: call unmerge(net) first")
+        todo = "call unmerge(net) first, or run the network under torch.no_grad()"
+        raise RuntimeError(f"the adapter is merged, training would not reach it: {todo}")
 
 
-def _guard(layer: nn.Module, y: Tensor) -> Tensor:
-    "Outputs of a merged layer: as they are, but a training backward fails with a message."
-    if torch.compiler.is_compiling() or not (layer.training and torch.is_grad_enabled()):
-        return y
+def _merged_weight(layer: nn.Module, x: Tensor) -> Tensor:
+    "A merged layer's weight, as it is; but a backward pass that means to train fails with a message."
+    trains = torch.is_grad_enabled() and (layer.training or not x.requires_grad)
+    if not trains or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return layer.weight
     parameter = next((p for p in layer.adapter.parameters() if p.requires_grad), None)
-    return y if parameter is None else _Unmerge.apply(y, parameter)
+    return layer.weight if parameter is None else _Unmerge.apply(layer.weight, parameter)
 
-# %% ../../nbs/30_adapters.core.ipynb #00231364
+# %% ../../nbs/30_adapters.core.ipynb #ea4dc252
 class AdaptedConv(Adapted):
     "A convolution that runs with its adapter's weight; `layer.adapter` is the active adapter, or None."
 
     def forward(self, input: Tensor) -> Tensor:
         adapter = self._modules["adapter"]
         if self._sahlora.base is not None:
-            return _guard(self, self._conv_forward(input, self.weight, self.bias))
+            return self._conv_forward(input, _merged_weight(self, input), self.bias)
         if not isinstance(adapter, Adapter):
             return self._conv_forward(input, self.weight, self.bias)
         if adapter.chained:
-            f = factors(adapter)
+            f = factors(adapter, dropout=True)
             f[adapter.delta.zero] = f[adapter.delta.zero] * adapter.scale
             return self._conv_forward(input, self.weight, self.bias) + adapter.delta.chain(f, input, self)
-        return self._conv_forward(input, adapted_weight(adapter, self.weight), self.bias)
+        return self._conv_forward(input, adapted_weight(adapter, self.weight, dropout=True), self.bias)
 
-# %% ../../nbs/30_adapters.core.ipynb #9df52d66
+# %% ../../nbs/30_adapters.core.ipynb #3b7e0da1
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
@@ -348,13 +383,14 @@ class AdaptedConvTranspose(AdaptedConv):
     "The same for transposed convolutions, whose forward takes an output size."
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        adapter, merged, n = self._modules["adapter"], self._sahlora.base is not None, len(self.kernel_size)
-        adapts = isinstance(adapter, Adapter) and not merged
-        W = adapted_weight(adapter, self.weight) if adapts else self.weight
+        adapter, n = self._modules["adapter"], len(self.kernel_size)
+        if self._sahlora.base is not None:
+            W = _merged_weight(self, input)
+        else:
+            W = adapted_weight(adapter, self.weight, dropout=True) if isinstance(adapter, Adapter) else self.weight
         geometry = self.stride, self.padding, self.kernel_size, n, self.dilation
         extra = self._output_padding(input, output_size, *geometry)
-        y = _TRANSPOSED[n](input, W, self.bias, self.stride, self.padding, extra, self.groups, self.dilation)
-        return _guard(self, y) if merged else y
+        return _TRANSPOSED[n](input, W, self.bias, self.stride, self.padding, extra, self.groups, self.dilation)
 
 
 AdaptedConv1d = adapted_class(AdaptedConv, nn.Conv1d)
@@ -376,14 +412,14 @@ def touch(module: nn.Module, mixin: type[Adapted] | None = None) -> Record:
         module._modules.setdefault("adapter", None)
     return module.__dict__["_sahlora"]
 
-# %% ../../nbs/30_adapters.core.ipynb #eea7082b
+# %% ../../nbs/30_adapters.core.ipynb #98bdf39f
 def delta_weight(layer: nn.Module) -> Tensor:
-    "The update of an adapted layer, scaled, in the shape of its weight. Raises: ValueError if no adapter is active."
+    "The update of an adapted layer, scaled, in the weight's shape; no dropout. Raises: ValueError if none is active."
     return update(_adapter_of(layer))
 
 
 def effective_weight(layer: nn.Module) -> Tensor:
-    "The weight that the layer really uses: base and update, under DoRA rescaled; merged or not. Raises: ValueError."
+    "What the layer really uses: base and update, under DoRA rescaled; merged or not; no dropout. Raises: ValueError."
     adapter = _adapter_of(layer)
     return layer.weight if layer._sahlora.base is not None else adapted_weight(adapter, layer.weight)
 

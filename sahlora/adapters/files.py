@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'tensor_hash', 'base_hashes', 'checksum', 'save_adapter', 'read_adapter', 'check_base', 'load_adapter']
 
-# %% ../../nbs/37_adapters.files.ipynb #b496709f
+# %% ../../nbs/37_adapters.files.ipynb #713389cd
 import hashlib
 import json
 from collections.abc import Mapping
@@ -16,28 +16,35 @@ import torch
 from torch import Tensor, nn
 
 from .core import Adapter, Config, Part, check_config
-from .network import Extras, Summary, adapters, check_room, install, parts_of, refuse_merged, require
-from .network import summary
+from .network import Extras, Summary, adapters, install, make_extras, parts_of, refuse_merged
+from .network import require, shared_config, summary
 from .select import base_modules, check_conv, nearest
 from ..files import load_tensors, save_tensors
 
-# %% ../../nbs/37_adapters.files.ipynb #2f3690f3
+# %% ../../nbs/37_adapters.files.ipynb #5ff40085
 def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
     "SHA-256 over names, dtypes, shapes and values of tensors, as 64 hex digits; independent of device and strides."
     digest = hashlib.sha256()
     for key in sorted(tensors):
-        value = tensors[key].detach().cpu().contiguous()
+        value = tensors[key].detach().cpu().resolve_conj().resolve_neg().contiguous()
         digest.update(f"{key}|{value.dtype}|{tuple(value.shape)}|".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def base_hashes(net: nn.Module) -> dict[str, str]:
-    "Hash of every module's own parameters and saved buffers, by module name; what adapters hold does not count."
+    """Hash of every module's own parameters and saved buffers, by module name; what adapters hold does not count.
+
+    Raises: ValueError for a tensor that has no plain values.
+    """
     hashes = {}
     for name, module in base_modules(net).items():
         tensors = {**module._parameters, **module._buffers}
         own = {k: v for k, v in tensors.items() if v is not None and k not in module._non_persistent_buffers_set}
+        for key, value in own.items():
+            if value.layout != torch.strided or value.is_meta:
+                what = "meta" if value.is_meta else value.layout
+                raise ValueError(f"{key!r} of {name!r} is a {what} tensor, whose values have no hash: make it dense")
         if own:
             hashes[name] = tensor_hash(own)
     return hashes
@@ -74,7 +81,7 @@ def _plain(metadata: Mapping[str, object]) -> dict[str, object]:
     except (TypeError, ValueError) as error:
         raise type(error)(f"metadata must be plain JSON values: {error}") from error
 
-# %% ../../nbs/37_adapters.files.ipynb #1faa4607
+# %% ../../nbs/37_adapters.files.ipynb #02d1fd5f
 def _entry(module: nn.Module, part: Part) -> dict[str, object]:
     "What the header says about one module's part of an adapter."
     kind = type(module).__name__.removeprefix("Adapted")
@@ -89,7 +96,8 @@ def save_adapter(
 ) -> Path:  # fmt: skip
     """Write one adapter (default: the active one) to a safetensors file, whole or not at all; returns its path.
 
-    Raises: RuntimeError (no adapter, or merged), ValueError (no such name), TypeError (metadata not JSON), OSError.
+    Raises: RuntimeError (no adapter, or merged), ValueError (no such name; parts with different settings), TypeError
+    (metadata not JSON), OSError.
     """
     name = require(net, name)
     refuse_merged(net, "saving an adapter")
@@ -97,7 +105,7 @@ def save_adapter(
     tensors = {_key(n, key): t.detach().clone() for n, (_, part) in parts.items() for key, t in _tensors(part).items()}
     header = {
         "format": "sahlora adapter", "version": FORMAT, "sahlora": _version(),
-        "adapter": next(iter(parts.values()))[1].config.to_dict(), "base": base_hashes(net),
+        "adapter": shared_config(parts).to_dict(), "base": base_hashes(net),
         "layers": {n: _entry(m, part) for n, (m, part) in parts.items() if isinstance(part, Adapter)},
         "extras": {n: _entry(m, part) for n, (m, part) in parts.items() if isinstance(part, Extras)},
         "metadata": _plain(metadata or {}),
@@ -125,10 +133,12 @@ def read_adapter(path: str | Path) -> tuple[dict[str, object], dict[str, Tensor]
         raise ValueError(f"{path}: the checksum does not fit, the file was altered or damaged; get it again")
     return header, tensors
 
-# %% ../../nbs/37_adapters.files.ipynb #72e53067
+# %% ../../nbs/37_adapters.files.ipynb #504374dc
 def check_base(header: Mapping[str, dict], net: nn.Module) -> None:
     "Raises: ValueError that names the first layer in which `net` is not the base the adapter was trained on."
     modules, base = base_modules(net), base_hashes(net)
+    if not header["layers"]:
+        raise ValueError("it adapts no layer; save it again from an adapted network")
     for name, entry in {**header["layers"], **header["extras"]}.items():
         if name not in modules:
             raise ValueError(f"it adapts {name!r}, which the network lacks; nearest names: {nearest(name, modules)}")
@@ -144,18 +154,17 @@ def check_base(header: Mapping[str, dict], net: nn.Module) -> None:
         if base[name] != header["base"][name]:
             raise ValueError(f"it was trained on other base weights; the first layer that differs is {name!r}")
 
-# %% ../../nbs/37_adapters.files.ipynb #395e37ac
+# %% ../../nbs/37_adapters.files.ipynb #cc7d1176
 def _build(header: Mapping[str, dict], net: nn.Module, config: Config) -> dict[str, Part]:
     modules, parts = base_modules(net), {}
     for name, entry in header["layers"].items():
         check_conv(name, modules[name])
         parts[name] = Adapter(modules[name], config, entry["rank"])
+    extras = {}
     for name, entry in header["extras"].items():
-        check_room(name, modules[name])
         trained = [key for key in modules[name]._parameters if key in entry["trained"]]
-        stats = [key for key in modules[name]._buffers if key in entry["tensors"]]
-        parts[name] = Extras(modules[name], config, trained, stats)
-    return parts
+        extras[name] = trained, [key for key in modules[name]._buffers if key in entry["tensors"]]
+    return parts | make_extras(net, config, extras)
 
 
 def _fill(parts: Mapping[str, Part], tensors: Mapping[str, Tensor]) -> None:
@@ -169,7 +178,7 @@ def _fill(parts: Mapping[str, Part], tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"tensor {key!r} should be {t.dtype} {tuple(t.shape)}, it is {found}")
         t.data.copy_(tensors[key])
 
-# %% ../../nbs/37_adapters.files.ipynb #af14dfe9
+# %% ../../nbs/37_adapters.files.ipynb #d63b2f6a
 def load_adapter(net: nn.Module, path: str | Path, name: str | None = None) -> Summary:
     """Put the adapter in a file on `net`, freeze the rest and switch it on; checked first, never half-applied.
 
@@ -178,7 +187,7 @@ def load_adapter(net: nn.Module, path: str | Path, name: str | None = None) -> S
     header, tensors = read_adapter(path)
     refuse_merged(net, "loading an adapter")
     try:
-        config = Config(**{**header["adapter"], **({"name": name} if name else {})})
+        config = Config(**{**header["adapter"], **({} if name is None else {"name": name})})
         check_config(config)
         if config.name in adapters(net):
             raise ValueError(f"there is an adapter named {config.name!r} already; give another name=")
