@@ -25,7 +25,7 @@ $(READY): settings.ini constraints.txt setup.py pyproject.toml
 	  + sys.version.split()[0] + ": make PYTHON=python3.11 setup")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,oracles]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,dicom,oracles]'
 	$(BIN)/python -m pip check
 	@touch $@
 

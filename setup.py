@@ -4,7 +4,8 @@ from pathlib import Path
 
 from setuptools import setup
 
-EXTRAS = {"dev": "dev", "oracles": "oracle"}  # oracles: independent adapter libraries that the tests compare with
+# dicom: masks as DICOM SEG and compressed DICOM; oracles: independent adapter libraries that the tests compare with
+EXTRAS = {"dev": "dev", "dicom": "dicom", "oracles": "oracle"}
 here = Path(__file__).parent
 config = ConfigParser(interpolation=None)
 config.read(here / "settings.ini", encoding="utf-8")

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Slices', 'pad_to_multiple', 'ct_to_images', 'load_slices', 'BalancedBatches', 'batch_dice_loss', 'set_training_mode',
            'train', 'predict', 'predict_volume', 'weights_hash', 'save_network', 'load_network', 'run_facts',
-           'pretrain']
+           'median_pixel', 'pretrain']
 
-# %% ../nbs/40_training.ipynb #b44c4868
+# %% ../nbs/40_training.ipynb #1031b845
 import platform
 import resource
 import sys
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import sahlora
-from .cohort import Cohort
+from .cohort import Cohort, scan_size
 from .ct import HeadCT, window
 from .files import load_tensors, save_tensors, write_csv, write_json
 from .unet import build_network
@@ -198,12 +198,18 @@ def load_network(path: str | Path) -> tuple[nn.Module, dict[str, object]]:
         raise ValueError(f"{path}: the weights do not match the hash in its header; make or copy it again")
     return net.eval(), header
 
-# %% ../nbs/40_training.ipynb #6b93373d
+# %% ../nbs/40_training.ipynb #b746cc7a
 def run_facts(seconds: float) -> dict[str, object]:
     "What a run cost and where: seconds, peak memory in MiB, processor, threads, versions."
     return {"seconds": round(seconds, 2), "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
             "processor": platform.machine(), "threads": torch.get_num_threads(), "python": platform.python_version(),
             "torch": torch.__version__, "sahlora": sahlora.__version__}
+
+
+def median_pixel(cohort: Cohort) -> float | None:
+    "Median size in mm of the cohort's pixels; None where no spacing is known. A prediction warns where a scan's differ."
+    known = cohort.table.image[cohort.table.spacing == "known"]
+    return round(float(np.median([scan_size(cohort.folder / image)[1][:2] for image in known])), 4) if len(known) else None
 
 
 def pretrain(cohort: Cohort, out: str | Path, network: Mapping[str, object], training: Mapping[str, object],
@@ -220,5 +226,6 @@ def pretrain(cohort: Cohort, out: str | Path, network: Mapping[str, object], tra
     write_json(out / "run.json", {"network": network, "training": training, "patients": cohort.patients,
                                   "trainable": sum(p.numel() for p in net.parameters()),
                                   **run_facts(time.perf_counter() - started)})
-    save_network(out / "model.safetensors", net, patients=cohort.patients, training=dict(training))
+    save_network(out / "model.safetensors", net, patients=cohort.patients, voxels=cohort.voxels, training=dict(training),
+                 input={"window": [0.0, 140.0], "pixel_mm": median_pixel(cohort), "resample": False})
     return history

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STRATEGIES', 'KEYS', 'Strategy', 'prepare', 'score_cohort', 'cross_validate', 'load_run', 'load_examples']
 
-# %% ../nbs/41_transfer.ipynb #2358f4d3
+# %% ../nbs/41_transfer.ipynb #0522111a
 import difflib
 import time
 from collections.abc import Mapping, Sequence
@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import METHODS, adapt, save_adapter
-from .cohort import Cohort, Fold, check_disjoint, richest_slice
+from .checks import check_disjoint, check_voxels
+from .cohort import Cohort, richest_slice
 from .evaluation import score_patient
 from .files import load_tensors, object_hash, read_json, save_tensors, write_csv, write_json
+from .folds import Fold, check_folds
 from .training import load_network, load_slices, predict_volume, run_facts, train, weights_hash
 
 # %% ../nbs/41_transfer.ipynb #14330fda
@@ -136,7 +138,7 @@ def _run_fold(number: int, fold: Fold, base: str | Path, cohort: Cohort, strateg
         examples |= {f"{number}/{role}/{patient}": planes for patient, planes in slices.items()}
     return pd.concat(parts), history.assign(fold=number), examples
 
-# %% ../nbs/41_transfer.ipynb #07a05811
+# %% ../nbs/41_transfer.ipynb #d4449078
 KEYS = ("study", "method", "rank", "region", "seed", "fold", "role", "patient")
 
 
@@ -144,11 +146,13 @@ def cross_validate(base: str | Path, cohort: Cohort, strategy: Strategy, folds: 
                    study: str = "", facts: Mapping[str, object] | None = None, quiet: bool = False) -> pd.DataFrame:
     """Run every fold of `strategy` from the weights in `base`, write the run's files to `out`, return patients.csv.
 
-    Raises: ValueError for patients in two places, FloatingPointError for a loss that is not a number.
+    Raises: ValueError for patients or scans in two places, FloatingPointError for a loss that is not a number.
     """
     out, started = Path(out), time.perf_counter()
-    source = load_network(base)[1].get("patients", [])
-    shared = check_disjoint(source, cohort.patients, "source and target")
+    source = load_network(base)[1]
+    shared = check_disjoint(source.get("patients", []), cohort.patients, "source and target")
+    check_voxels(source.get("voxels", {}), cohort.voxels, "source and target")
+    check_folds(cohort, folds)
     parts = [_run_fold(k, fold, base, cohort, strategy, out, quiet) for k, fold in enumerate(folds)]
     print(f"{strategy.name}: patients shared between source and target: {shared}, between train and test: 0")
     table = pd.concat([scores for scores, _, _ in parts])

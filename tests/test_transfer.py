@@ -6,9 +6,10 @@ import pandas as pd
 import pytest
 
 from sahlora.adapters import load_adapter
-from sahlora.cohort import Cohort, Fold, kfold, make_phantom_cohort
+from sahlora.cohort import Cohort, make_phantom_cohort
 from sahlora.evaluation import dice
 from sahlora.files import load_tensors
+from sahlora.folds import Fold, kfold
 from sahlora.training import load_network, predict_volume, pretrain, weights_hash
 from sahlora.transfer import Strategy, cross_validate, prepare
 from sahlora.unet import MultiViewUnet

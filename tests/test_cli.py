@@ -1,0 +1,159 @@
+"""The command: exit codes, one message instead of a traceback, nothing written for bad input."""
+import errno
+import os
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import sahlora
+from sahlora.cli import app
+from sahlora.cohort import make_phantom_cohort
+from sahlora.training import save_network
+from sahlora.unet import build_network
+
+COMMANDS = [[], ["predict"], ["cohort"], ["cohort", "make"], ["cohort", "import"], ["cohort", "check"], ["cohort", "show"],
+            ["cohort", "folds"], ["cohort", "layouts"], ["report"], ["report", "html"], ["report", "pdf"]]
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory):
+    "A small cohort and a small network on disk."
+    folder = tmp_path_factory.mktemp("things")
+    cohort = make_phantom_cohort(folder / "cohort", "asah", cases=3, seed=5, grid=(32, 40), slices=12)
+    torch.manual_seed(0)
+    save_network(folder / "model.safetensors", build_network({"name": "multi-view-unet", "levels": 1, "in_channels": 1}))
+    return folder, cohort
+
+
+@pytest.fixture
+def run():
+    def call(*arguments, debug=False):
+        done = CliRunner().invoke(app, [str(a) for a in arguments])
+        assert debug or "Traceback" not in done.output
+        return done
+
+    return call
+
+
+def predict(things, run, scan, out, *more):
+    return run("predict", scan, "--model", things[0] / "model.safetensors", "--out", out, "--quiet", *more)
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_explains_and_gives_an_example(run, words):
+    done = run(*words, "--help")
+    assert done.exit_code == 0 and len(done.output) > 120
+    if words and words[-1] not in ("cohort", "report"):
+        assert "Example: sahlora" in done.output
+
+
+def test_version(run):
+    assert run("--version").output.strip() == sahlora.__version__
+
+
+def test_predict_one_scan_and_again(things, run, tmp_path):
+    scan = things[1].folder / things[1].table.image[0]
+    done = predict(things, run, scan, tmp_path / "out")
+    assert done.exit_code == 0 and "mL of blood" in done.output and "Not for clinical use" in done.output
+    case = next(p for p in (tmp_path / "out").iterdir() if p.is_dir())
+    mask, source = nib.load(case / "mask.nii.gz"), nib.load(scan)
+    assert np.array_equal(mask.affine, source.affine) and mask.shape == source.shape and (case / "overlay.png").exists()
+    before = (case / "mask.nii.gz").stat().st_mtime_ns
+    again = predict(things, run, scan, tmp_path / "out")
+    assert again.exit_code == 0 and "1 skipped" in again.output and (case / "mask.nii.gz").stat().st_mtime_ns == before
+
+
+def test_predict_refuses_bad_input_with_2_and_writes_nothing(things, run, tmp_path):
+    bad = tmp_path / "bad.nii.gz"
+    bad.write_bytes((things[1].folder / things[1].table.image[0]).read_bytes()[:-20])
+    loop = tmp_path / "loop.nii.gz"
+    loop.symlink_to(loop)
+    (tmp_path / "empty").mkdir()
+    for scan, words in ((bad, "copy it again"), (loop, "link that leads"), (tmp_path / "none.nii", "no such file"),
+                        (tmp_path / "empty", "NIfTI")):
+        done = predict(things, run, scan, tmp_path / "out")
+        assert done.exit_code == 2 and words in done.stderr and str(scan) in done.stderr, done.stderr
+        assert not (tmp_path / "out").exists()
+    scan = things[1].folder / things[1].table.image[0]
+    for option, value, words in (("--window", "80", "--window 0,80"), ("--spacing", "1,2", "--spacing 0.5,0.5,5"),
+                                 ("--device", "gpu", "cuda"), ("--threshold", "2", "threshold")):
+        done = predict(things, run, scan, tmp_path / "out", option, value)
+        assert done.exit_code == 2 and words in done.stderr and not (tmp_path / "out").exists(), done.stderr
+
+
+def test_a_batch_goes_on_past_a_bad_case_and_exits_1(things, run, tmp_path):
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for k, image in enumerate(things[1].table.image):
+        content = (things[1].folder / image).read_bytes()
+        (scans / f"{k}.nii.gz").write_bytes(content[:-9] if k == 1 else content)
+    done = predict(things, run, scans, tmp_path / "out")
+    assert done.exit_code == 1 and "1: failed" in done.output and "2 done, 0 skipped, 1 failed" in done.output
+    table = pd.read_csv(tmp_path / "out/cases.csv")
+    assert table.status.tolist() == ["done", "failed", "done"] and "copy it again" in table.error[1]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0", "2", "cases.csv", "run.json"]
+
+
+def test_a_full_disk_is_said_in_words(things, run, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "out/mask.nii.gz"))
+
+    monkeypatch.setattr("nibabel.save", full)
+    done = predict(things, run, things[1].folder / things[1].table.image[0], tmp_path / "out")
+    assert done.exit_code in (1, 2) and "disk is full" in done.output + done.stderr
+    assert not list(tmp_path.glob("out/*/mask*"))
+
+
+def test_debug_shows_where_and_may_stand_anywhere(things, run, tmp_path):
+    for words in (["--debug", "cohort", "check", tmp_path], ["cohort", "check", tmp_path, "--debug"]):
+        done = run(*words, debug=True)
+        assert isinstance(done.exception, FileNotFoundError)
+    assert run("cohort", "check", tmp_path).exit_code == 2
+
+
+def test_a_mistake_of_ours_is_called_one(run, monkeypatch, tmp_path):
+    def broken(*arguments, **options):
+        raise KeyError("voxels")
+
+    monkeypatch.setattr("sahlora.checks.check_cohort", broken)
+    done = run("cohort", "check", tmp_path)
+    assert done.exit_code == 1 and "KeyError" in done.stderr and "--debug" in done.stderr
+
+
+def test_cohort_commands(things, run, tmp_path):
+    made = run("cohort", "make", "--kind", "tbi", "--cases", 2, "--seed", 4, "--grid", "32x40", "--slices", 10,
+               "--out", tmp_path / "tbi")
+    assert made.exit_code == 0 and "synthetic, no clinical claim" in made.output
+    assert run("cohort", "check", tmp_path / "tbi", "--against", things[1].folder).exit_code == 0
+    assert run("cohort", "check", tmp_path / "tbi", "--against", tmp_path / "tbi").exit_code == 2
+    shown = run("cohort", "show", tmp_path / "tbi", "--out", tmp_path / "sheet.png")
+    assert shown.exit_code == 0 and (tmp_path / "sheet.png").read_bytes()[:4] == b"\x89PNG"
+    folds = run("cohort", "folds", things[1].folder)
+    assert folds.exit_code == 0 and (things[1].folder / "folds.json").is_file()
+    other = run("cohort", "folds", things[1].folder, "--method", "stratified")
+    assert other.exit_code == 2 and "holds other folds" in other.stderr
+    label = tmp_path / "tbi" / pd.read_csv(tmp_path / "tbi/cohort.csv").label[0]
+    label.write_bytes(label.read_bytes()[:-7])
+    found = run("cohort", "check", tmp_path / "tbi")
+    assert found.exit_code == 1 and label.name in found.output
+    assert run("cohort", "make", "--kind", "tbi", "--cases", 1, "--grid", "64", "--out", tmp_path / "x").exit_code == 2
+
+
+def test_cohort_import(things, run, tmp_path):
+    source = tmp_path / "mine"
+    for kind in ("images", "labels"):
+        (source / kind).mkdir(parents=True)
+        for name in sorted((things[1].folder / kind).iterdir()):
+            (source / kind / name.name).write_bytes(name.read_bytes())
+    done = run("cohort", "import", "--layout", "pairs", "--source", source, "--out", tmp_path / "out")
+    assert done.exit_code == 0 and len(pd.read_csv(tmp_path / "out/cohort.csv")) == 3
+    first = next((source / "images").iterdir())
+    first.write_bytes(first.read_bytes()[:-9])
+    some = run("cohort", "import", "--layout", "pairs", "--source", source, "--out", tmp_path / "some")
+    assert some.exit_code == 1 and first.name in some.output and len(pd.read_csv(tmp_path / "some/cohort.csv")) == 2
+    none = run("cohort", "import", "--layout", "bsd", "--source", source, "--out", tmp_path / "none")
+    assert none.exit_code == 2 and "bhsd" in none.stderr and not (tmp_path / "none").exists()

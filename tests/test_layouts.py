@@ -1,0 +1,630 @@
+"""Importers: each public layout as it lies on disk, with its quirks, and every way in which it can be wrong."""
+import json
+import os
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from sahlora.checks import check_cohort
+from sahlora.cohort import Cohort, to_hu
+from sahlora.ct import read_nifti
+from sahlora.imports import import_cohort, import_ct_ich, read_patients
+from sahlora.layouts import (BLOOD, KINDS, LAYOUTS, blood_mask, combine_raters, layout_help, parse_labels, some,
+                             which_blood)
+
+SHAPE = (24, 30, 6)
+
+
+def head(seed=0):
+    "A head (X, Y, Z) in HU, axes left, posterior, superior: air, a skull, brain and noise."
+    generator = np.random.default_rng(seed)
+    x, y = np.meshgrid(np.linspace(-1, 1, SHAPE[0]), np.linspace(-1, 1, SHAPE[1]), indexing="ij")
+    radius = np.hypot(x, y)[..., None] * np.ones(SHAPE[2])
+    hu = np.select([radius < 0.7, radius < 0.9], [35.0, 900.0], -1000.0)
+    return np.round(hu + generator.normal(0, 8, SHAPE)).clip(-1024).astype(np.int16)
+
+
+def blood(first=10, many=3):
+    "A box of blood, off centre along every axis."
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[first : first + many, 8:12, 1:4] = 1
+    return mask
+
+
+AFFINE = np.array([[-0.5, 0, 0, 60], [0, -0.5, 0, 70], [0, 0, 5, -40], [0, 0, 0, 1.0]])
+SHEARED = AFFINE @ np.array([[1, 0, 0, 0], [0, 1, np.tan(np.radians(4)) * 10, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+
+
+def store(path, array, affine=AFFINE, axes="LPS", dtype=None):
+    "An array with axes L, P, S as NIfTI, its axes in another order."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.asarray(array if dtype is None else array.astype(dtype))
+    turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt(axes))
+    image = nib.Nifti1Image(array, affine).as_reoriented(turn)
+    bare = path.suffix not in (".nii", ".gz")
+    nib.save(image, path.with_name(f"{path.name}.nii.gz") if bare else path)
+    if bare:
+        path.with_name(f"{path.name}.nii.gz").rename(path)
+
+
+def lay_pairs(source):
+    store(source / "images/a.nii.gz", head(0), axes="RAS")
+    store(source / "labels/a.nii.gz", blood(), axes="RAS")
+    store(source / "images/b.nii", head(1), axes="LPS", dtype=np.float32)
+    store(source / "labels/b.nii.gz", blood(4), axes="LPS", dtype=np.float64)
+
+
+def lay_ct_ich(source):
+    "Release 1.3: masks of 0 to about 255 that are not whole, patients with gaps in their numbers."
+    for number, first in (("049", 10), ("070", 4)):
+        noise = np.random.default_rng(1).uniform(-0.3, 0.3, SHAPE)
+        store(source / f"ct_scans/{number}.nii", head(int(number)), axes="RAS", dtype=np.float64)
+        store(source / f"masks/{number}.nii", blood(first) * 254.6 + noise, axes="RAS", dtype=np.float32)
+
+
+def lay_bhsd(source):
+    "The suffix is missing on some files."
+    for name, first, ending in (("ID_0a1_ID_9b", 10, ""), ("ID_0a2_ID_9c", 4, ".nii.gz")):
+        store(source / f"images/{name}{ending}", head(first), axes="LAS")
+        store(source / f"labels/{name}.nii.gz", 5 * blood(first) + 2 * blood(first + 5), axes="LAS")
+
+
+def lay_instance(source):
+    for number, first in (("001", 10), ("100", 4)):
+        store(source / f"train_2/data/{number}.nii.gz", head(first), axes="RPI")
+        store(source / f"train_2/label/{number}.nii.gz", blood(first), axes="RPI")
+
+
+def lay_mbh_seg(source):
+    "Raters 1, 2 and 5; the second scan has one."
+    for name, raters in (("ID_0a1_ID_9b", {1: 10, 2: 11, 5: 12}), ("ID_0a2_ID_9c", {2: 4})):
+        store(source / name / "image.nii.gz", head(min(raters.values())), axes="LPI")
+        for rater, first in raters.items():
+            store(source / name / f"label_annot_{rater}.nii.gz", rater * blood(first), axes="LPI")
+
+
+def lay_seg_cq500(source):
+    "The second scan has a 4 degree sheared affine; another mask lies beside."
+    for name, first, affine in (("CQ500-CT-1", 10, AFFINE), ("CQ500-CT-243", 4, SHEARED)):
+        store(source / f"data/volumes/{name}/CT.nii", head(first), affine)
+        store(source / f"data/volumes/{name}/ICH_mask.nii.gz", blood(first), affine)
+        store(source / f"data/volumes/{name}/brain.nii.gz", head(first) > 0, affine, dtype=np.uint8)
+
+
+LAY = {"pairs": lay_pairs, "ct-ich": lay_ct_ich, "bhsd": lay_bhsd, "instance": lay_instance, "mbh-seg": lay_mbh_seg,
+       "seg-cq500": lay_seg_cq500}
+EXPECTED = {  # cases, patients, heads, first rows of blood
+    "pairs": (["a", "b"], ["a", "b"], [0, 1], [10, 4]),
+    "ct-ich": (["ct-ich-049", "ct-ich-070"], ["ct-ich-049", "ct-ich-070"], [49, 70], [10, 4]),
+    "bhsd": (["ID_0a1_ID_9b", "ID_0a2_ID_9c"], ["rsna-ID_0a1", "rsna-ID_0a2"], [10, 4], [10, 4]),
+    "instance": (["instance-001", "instance-100"], ["instance-001", "instance-100"], [10, 4], [10, 4]),
+    "mbh-seg": (["ID_0a1_ID_9b", "ID_0a2_ID_9c"], ["rsna-ID_0a1", "rsna-ID_0a2"], [10, 4], [11, 4]),
+    "seg-cq500": (["CQ500-CT-1", "CQ500-CT-243"], ["CQ500-CT-1", "CQ500-CT-243"], [10, 4], [10, 4]),
+}
+
+
+@pytest.mark.parametrize("layout", LAY)
+def test_each_layout_comes_out_as_it_went_in(tmp_path, layout):
+    LAY[layout](tmp_path / "source")
+    report = import_cohort(layout, tmp_path / "source", tmp_path / "out")
+    cases, patients, seeds, rows = EXPECTED[layout]
+    table = report.cohort.table
+    assert (table.case.tolist(), table.patient.tolist(), report.skipped) == (cases, patients, {})
+    assert set(table.site) == {layout} and set(table.intensity) == {"hu"} and set(table.spacing) == {"known"}
+    for k, ((_, ct, mask), seed, row) in enumerate(zip(report.cohort, seeds, rows)):
+        expected = blood(row) if layout != "bhsd" else blood(row) | blood(row + 5)
+        if layout == "mbh-seg" and row == 11:
+            expected = (blood(10) + blood(11) + blood(12) >= 2).astype(np.uint8)
+        assert np.array_equal(ct.hu, head(seed)) and np.array_equal(mask, expected), cases[k]
+        assert np.allclose(ct.affine, SHEARED if cases[k] == "CQ500-CT-243" else AFFINE)
+        assert table.blood_ml[k] == pytest.approx(expected.sum() * 0.5 * 0.5 * 5 / 1000, abs=1e-3)
+        stored = nib.load(tmp_path / "out" / table.image[k])
+        assert stored.get_data_dtype() == np.int16 and nib.aff2axcodes(stored.affine) == ("L", "P", "S")
+    checked = check_cohort(tmp_path / "out")
+    assert checked.ok, str(checked)
+    assert json.loads((tmp_path / "out/import.json").read_text())["request"]["layout"] == layout
+
+
+def test_a_tilted_case_keeps_its_tilt_and_volume(tmp_path):
+    lay_seg_cq500(tmp_path / "source")
+    cohort = import_cohort("seg-cq500", tmp_path / "source", tmp_path / "out").cohort
+    tilts = [ct.tilt for _, ct, _ in cohort]
+    assert tilts == pytest.approx([0, 4], abs=0.05) and cohort.table.blood_ml[0] == cohort.table.blood_ml[1]
+
+
+def test_fractions_are_kept_as_float(tmp_path):
+    lay_pairs(tmp_path / "source")
+    store(tmp_path / "source/images/a.nii.gz", head() + 0.25, axes="RAS", dtype=np.float64)
+    cohort = import_cohort("pairs", tmp_path / "source", tmp_path / "out").cohort
+    kinds = [nib.load(tmp_path / "out" / name).get_data_dtype() for name in cohort.table.image]
+    assert kinds == [np.float32, np.int16] and np.array_equal(next(iter(cohort))[1].hu, head() + np.float32(0.25))
+
+
+# Other names for the same layout
+
+
+@pytest.mark.parametrize("layout, old, new", [
+    ("pairs", "labels", "masks"), ("bhsd", "labels", "ground truths"), ("instance", "train_2", "train")])
+def test_other_names_of_folders(tmp_path, layout, old, new):
+    LAY[layout](tmp_path / "source")
+    (tmp_path / "source" / old).rename(tmp_path / "source" / new)
+    assert len(import_cohort(layout, tmp_path / "source", tmp_path / "out").cohort) == 2
+
+
+@pytest.mark.parametrize("layout, inner", [("instance", "train_2"), ("seg-cq500", "data/volumes"), ("seg-cq500", "data")])
+def test_the_inner_folder_may_be_named(tmp_path, layout, inner):
+    LAY[layout](tmp_path / "source")
+    assert len(import_cohort(layout, tmp_path / "source" / inner, tmp_path / "out").cohort) == 2
+
+
+def test_numbers_name_the_same_patient_in_all_releases(tmp_path):
+    store(tmp_path / "source/ct_scans/49.nii", head())
+    store(tmp_path / "source/masks/49.nii", blood())
+    assert import_cohort("ct-ich", tmp_path / "source", tmp_path / "out").cohort.patients == ["ct-ich-049"]
+
+
+def test_hidden_and_other_files_are_left_alone(tmp_path):
+    lay_pairs(tmp_path / "source")
+    for name in ("images/.DS_Store", "images/._a.nii.gz", "labels/readme.txt", "images/dataset.json"):
+        (tmp_path / "source" / name).write_bytes(b"x")
+    assert len(import_cohort("pairs", tmp_path / "source", tmp_path / "out").cohort) == 2
+
+
+# Labels
+
+
+def test_only_the_blood_that_was_asked_for(tmp_path):
+    lay_bhsd(tmp_path / "source")
+    for names, rows in (("IPH", 15), (["sdh"], 10)):
+        cohort = import_cohort("bhsd", tmp_path / "source", tmp_path / "out", blood=names, overwrite=True).cohort
+        assert np.array_equal(next(iter(cohort))[2], blood(rows))
+    report = import_cohort("bhsd", tmp_path / "source", tmp_path / "out", blood="EDH", overwrite=True)
+    assert "empty mask: no blood (ID_0a1_ID_9b, ID_0a2_ID_9c)" in str(report) and "blood is EDH" in str(report)
+
+
+def test_pairs_with_a_map(tmp_path):
+    store(tmp_path / "source/images/a.nii.gz", head())
+    store(tmp_path / "source/labels/a.nii.gz", 255 * blood() + 7 * blood(16))
+    options = {"labels": "255=hematoma,7=ventricle"}
+    with pytest.raises(ValueError, match=r"is 'hematoma' blood\? Say which of hematoma, ventricle are \(--blood\)"):
+        import_cohort("pairs", tmp_path / "source", tmp_path / "out", **options)
+    cohort = import_cohort("pairs", tmp_path / "source", tmp_path / "out", blood="hematoma", **options).cohort
+    assert np.array_equal(next(iter(cohort))[2], blood())
+
+
+@pytest.mark.parametrize("value, words", [(255, "255 (36 voxels)"), (0.999, "0.999 (36 voxels)"), (-1, "-1 (36 voxels)")])
+def test_unexplained_labels_are_named_and_never_rounded(tmp_path, value, words):
+    lay_pairs(tmp_path / "source")
+    store(tmp_path / "source/labels/a.nii.gz", value * blood().astype(float), axes="RAS")
+    report = import_cohort("pairs", tmp_path / "source", tmp_path / "out")
+    assert report.cohort.table.case.tolist() == ["b"]
+    for word in ("a.nii.gz", words, "--labels"):
+        assert word in report.skipped["a"]
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "mbh-seg", "instance", "seg-cq500"])
+def test_every_layout_refuses_a_label_without_a_name(tmp_path, layout):
+    LAY[layout](tmp_path / "source")
+    masks = sorted((tmp_path / "source").rglob("label*/*.nii.gz")) + sorted((tmp_path / "source").rglob("*annot_1.nii.gz"))
+    path = (masks + sorted((tmp_path / "source").rglob("ICH_mask.nii.gz")))[0]
+    found = read_nifti(path)
+    store(path, found.array * 6, found.affine)
+    report = import_cohort(layout, tmp_path / "source", tmp_path / "out")
+    assert len(report.skipped) == 1 and "nobody explained" in str(report) and path.name in str(report)
+
+
+def test_rounding_keeps_what_is_no_number():
+    values = np.array([0, 0.4, 0.6, 254.9, 1e-3])
+    assert blood_mask(values, BLOOD, ["blood"], "m", rounded=True).tolist() == [False, False, True, True, False]
+    for bad in (np.nan, -2.0):
+        with pytest.raises(ValueError, match="nobody explained"):
+            blood_mask(np.array([0, bad, 1]), BLOOD, ["blood"], "m", rounded=True)
+
+
+@pytest.mark.parametrize("text, codes", [("1=EDH,2=IPH", {1: "EDH", 2: "IPH"}), (" 255 = blood ", {255: "blood"}),
+                                         ({"3": "SAH"}, {3: "SAH"}), (None, None)])
+def test_maps_of_labels(text, codes):
+    assert parse_labels(text) == codes
+
+
+@pytest.mark.parametrize("text, words", [("EDH", "code=name"), ("1=EDH,", "code=name"), ("1=EDH,1=IPH", "twice"),
+                                         ("0=air", "background"), ("1.5=EDH", "code=name"), ("", "code=name")])
+def test_wrong_maps_of_labels(text, words):
+    with pytest.raises(ValueError, match=words):
+        parse_labels(text)
+
+
+def test_which_labels_are_blood():
+    codes = dict(enumerate(KINDS, 1))
+    assert which_blood(codes, None) == KINDS and which_blood(codes, "sah, EDH") == ("SAH", "EDH")
+    with pytest.raises(ValueError, match="--blood 'XYZ': not one of the labels EDH"):
+        which_blood(codes, "EDH,XYZ")
+
+
+# Raters
+
+
+@pytest.mark.parametrize("rater, rows", [("majority", None), ("union", (10, 11, 12)), ("one", (10,)), (2, (11,)), ("5", (12,))])
+def test_raters(tmp_path, rater, rows):
+    lay_mbh_seg(tmp_path / "source")
+    report = import_cohort("mbh-seg", tmp_path / "source", tmp_path / "out", rater=rater)
+    mask = next(iter(report.cohort))[2]
+    if rows:
+        assert np.array_equal(mask, np.any([blood(row) for row in rows], axis=0))
+    missing = rater == "5"
+    assert list(report.skipped) == ["ID_0a2_ID_9c"] * missing
+    if missing:
+        assert "rater 5 did not mark it; there are 2 (--rater)" in str(report)
+
+
+def test_of_two_raters_both_must_agree():
+    one, other = np.array([1, 1, 0], bool), np.array([1, 0, 0], bool)
+    assert combine_raters({1: one, 2: other}).tolist() == [True, False, False]
+    assert combine_raters({1: one}).tolist() == one.tolist()
+    with pytest.raises(ValueError, match="majority, union, one, or the number"):
+        combine_raters({1: one}, "mean")
+
+
+def test_a_scan_nobody_marked(tmp_path):
+    lay_mbh_seg(tmp_path / "source")
+    (tmp_path / "source/ID_0a2_ID_9c/label_annot_2.nii.gz").unlink()
+    report = import_cohort("mbh-seg", tmp_path / "source", tmp_path / "out")
+    assert len(report.cohort) == 1 and "holds no mask" in report.skipped["ID_0a2_ID_9c"]
+
+
+# 8-bit pictures
+
+
+@pytest.mark.parametrize("scale", ["grey", "unit", "hu"])
+def test_a_window_that_is_known(tmp_path, scale):
+    hu = np.clip(head(), 0, 80)
+    grey = np.round(hu * 255 / 80)
+    voxels = {"grey": grey.astype(np.uint8), "unit": (grey / 255).astype(np.float32), "hu": hu.astype(np.int16)}[scale]
+    store(tmp_path / "source/images/a.nii.gz", voxels)
+    store(tmp_path / "source/labels/a.nii.gz", blood())
+    with pytest.raises(ValueError, match="--window 0,80"):
+        import_cohort("pairs", tmp_path / "source", tmp_path / "out")
+    cohort = import_cohort("pairs", tmp_path / "source", tmp_path / "out", window=(0, 80)).cohort
+    assert cohort.table.intensity[0] == "window:0,80"
+    stored = read_nifti(tmp_path / "out" / cohort.table.image[0]).array
+    if scale != "hu":
+        assert stored.dtype == np.uint8 and np.array_equal(stored, grey)
+    assert np.abs(to_hu(stored, "window:0,80") - hu).max() <= 80 / 255
+    assert check_cohort(tmp_path / "out").ok
+
+
+# CT-ICH as JPEG
+
+
+def jpeg_patient(brain, numbers=(9, 10), size=40, marked=(9,)):
+    brain.mkdir(parents=True)
+    for number in numbers:
+        picture = np.zeros((size, size), np.uint8)
+        picture[: size // 2] = number * 10  # brighter in front: the upper half of the picture
+        Image.fromarray(picture).save(brain / f"{number}.jpg", quality=100)
+    blood = np.zeros((size, size), np.uint8)
+    blood[:, : size // 2] = 255  # the left half of the picture: the patient's right
+    for number in marked:
+        Image.fromarray(blood).save(brain / f"{number}_HGE_Seg.jpg", quality=95)
+
+
+def test_ct_ich_slices_are_sorted_by_number_and_oriented(tmp_path):
+    jpeg_patient(tmp_path / "source/Patients_CT/001/brain")
+    cohort = import_ct_ich(tmp_path / "source", tmp_path / "out", ["001"], size=20)
+    _, ct, mask = next(iter(cohort))
+    assert ct.hu.shape == (20, 20, 2)
+    assert ct.hu[10, 2, 0] == pytest.approx(-20 + 90 / 255 * 120, abs=1) and ct.hu[10, 17, 0] == pytest.approx(-20, abs=1)
+    assert ct.hu[10, 2, 1] > ct.hu[10, 2, 0], "slice 10 comes after slice 9"
+    assert mask[:10, :, 0].all() and not mask[10:, :, 0].any() and not mask[..., 1].any()
+    assert pd.isna(cohort.table.blood_ml[0]) and cohort.table.spacing[0] == "unknown"
+
+
+def test_jpeg_as_a_layout(tmp_path):
+    jpeg_patient(tmp_path / "source/Patients_CT/050/brain", numbers=(3, 4, 7), marked=())
+    jpeg_patient(tmp_path / "source/Patients_CT/049/brain")
+    report = import_cohort("ct-ich", tmp_path / "source", tmp_path / "out")
+    assert report.cohort.patients == ["ct-ich-049", "ct-ich-050"]
+    assert [ct.hu.shape for _, ct, _ in report.cohort] == [(40, 40, 2), (40, 40, 3)], "native size"
+    for note in ("2 slices between the first and the last are not there", "empty mask: no blood"):
+        assert f"{note} (ct-ich-050)" in str(report)
+    report = import_cohort("ct-ich", tmp_path / "source", tmp_path / "small", size=20, spacing=(0.4, 0.5, 5))
+    _, ct, mask = next(iter(report.cohort))
+    assert ct.hu.shape == (20, 20, 2) and ct.spacing == pytest.approx((0.8, 1.0, 5))
+    assert report.cohort.table.blood_ml[0] == pytest.approx(mask.sum() * 0.8 * 5 / 1000, abs=1e-3)
+
+
+def test_jpeg_bad_patients_are_skipped(tmp_path):
+    for name in ("001", "002", "003", "004"):
+        jpeg_patient(tmp_path / f"source/Patients_CT/{name}/brain")
+    folder = tmp_path / "source/Patients_CT"
+    (folder / "002/brain/9.jpg").write_bytes((folder / "002/brain/9.jpg").read_bytes()[:200])
+    (folder / "003/brain/9.jpg").unlink()
+    Image.new("L", (20, 20)).save(folder / "004/brain/10.jpg")
+    report = import_cohort("ct-ich", tmp_path / "source", tmp_path / "out")
+    assert list(report.skipped) == ["ct-ich-002", "ct-ich-003", "ct-ich-004"]
+    for case, words in (("ct-ich-002", "9.jpg"), ("ct-ich-003", "9_HGE_Seg.jpg"), ("ct-ich-004", "2 sizes")):
+        assert words in report.skipped[case]
+
+
+def test_a_failed_import_leaves_no_table(tmp_path):
+    brain = tmp_path / "source/Patients_CT/001/brain"
+    brain.mkdir(parents=True)
+    (brain / "1.jpg").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match="1.jpg"):
+        import_ct_ich(tmp_path / "source", tmp_path / "out", ["001"])
+    assert not (tmp_path / "out/cohort.csv").exists()
+
+
+def test_missing_ct_ich_says_where_to_get_it(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        import_ct_ich(tmp_path / "nowhere", tmp_path / "out", ["077"])
+    for words in ("physionet.org", "CC BY 4.0", "ct-ich-mini/Patients_CT", "SAHLORA_REAL_DATA"):
+        assert words in str(error.value)
+
+
+def test_real_ct_ich(real_data, tmp_path):
+    cohort = import_ct_ich(real_data / "ct-ich-mini", tmp_path, ["077", "078", "079", "080"], size=130)
+    depths = {patient: mask.shape[2] for patient, _, mask in cohort}
+    assert depths == {"ct-ich-077": 2, "ct-ich-078": 10, "ct-ich-079": 1, "ct-ich-080": 8}
+    for _, ct, mask in cohort:
+        assert mask.any((0, 1)).all(), "every slice holds blood"
+        assert ct.hu[mask == 1].mean() > ct.hu[mask == 0].mean() + 20
+        native = 650 * 650 / 130**2
+        assert 50 < mask.sum() / mask.shape[2] * native < 60_000
+
+
+def test_real_ct_ich_as_a_layout(real_data, tmp_path):
+    report = import_cohort("ct-ich", real_data / "ct-ich-mini", tmp_path / "out")
+    assert report.cohort.patients == ["ct-ich-077", "ct-ich-078", "ct-ich-079", "ct-ich-080"] and not report.skipped
+    assert not any("table says" in note for note in report.notes), "the release's table agrees with the masks"
+    assert all(ct.hu.shape[:2] == (650, 650) for _, ct, _ in report.cohort)
+    assert check_cohort(tmp_path / "out").ok
+
+
+def test_area_averaging_keeps_the_amount_of_blood(real_data, tmp_path):
+    counts = []
+    for size in (650, 325, 130):
+        cohort = import_ct_ich(real_data / "ct-ich-mini", tmp_path / str(size), ["078"], size=size)
+        counts.append(next(iter(cohort))[2].sum() / size**2)
+    assert counts == pytest.approx([counts[0]] * 3, rel=0.1)
+
+
+@pytest.mark.parametrize("patient, none", [("PatientNumber", "No_Hemorrhage"), ("Patient Number", "No Hemorrhage"),
+                                           (" patient_number", "no_hemorrhage ")])
+def test_the_table_of_the_release_is_compared(tmp_path, patient, none):
+    lay_ct_ich(tmp_path / "source")
+    said = [f"{n},{k + 1},{int(not (k in (1, 2, 3)))}" for n in (49, 70) for k in range(6 if n == 49 else 5)]
+    said[1] = "49,2,1"  # the mask has blood on this slice
+    (tmp_path / "source/hemorrhage_diagnosis_raw_ct.csv").write_text(
+        "\n".join([f"{patient},SliceNumber,{none}", *said, ",,"]))
+    notes = import_cohort("ct-ich", tmp_path / "source", tmp_path / "out").notes
+    assert notes[:2] == ("3 slices with blood, the release's table says 2 (ct-ich-049)",
+                         "6 slices, the release's table says 5 (ct-ich-070)")
+
+
+# Patients
+
+
+def test_patients_from_a_table(tmp_path):
+    lay_pairs(tmp_path / "source")
+    (tmp_path / "patients.csv").write_text("Case, Patient\na,007\nb,007\nz,8\n")
+    cohort = import_cohort("pairs", tmp_path / "source", tmp_path / "out", patients=tmp_path / "patients.csv").cohort
+    assert cohort.table.patient.tolist() == ["007", "007"] and cohort.table.case.tolist() == ["a", "b"]
+
+
+@pytest.mark.parametrize("text, words", [("case,patient\na,1\n", "no patient for b"), ("case,who\na,1\n", "column patient"),
+                                         ("case,patient\na,1\na,2\nb,3\n", "a: stands in it twice"),
+                                         ("case,patient\na,\nb,1\n", "a: stands in it twice or has no patient")])
+def test_wrong_tables_of_patients(tmp_path, text, words):
+    lay_pairs(tmp_path / "source")
+    (tmp_path / "patients.csv").write_text(text)
+    with pytest.raises(ValueError, match=words) as error:
+        import_cohort("pairs", tmp_path / "source", tmp_path / "out", patients=tmp_path / "patients.csv")
+    assert "patients.csv" in str(error.value) and not (tmp_path / "out").exists()
+    with pytest.raises(FileNotFoundError):
+        read_patients(tmp_path / "nowhere.csv")
+
+
+# What is wrong with a source
+
+
+@pytest.mark.parametrize("layout", LAY)
+def test_a_source_that_is_not_there_or_not_that(tmp_path, layout):
+    for source in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(FileNotFoundError) as error:
+            import_cohort(layout, source, tmp_path / "out")
+        assert LAYOUTS[layout].help in str(error.value) and str(source) in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unpaired_files_are_listed(tmp_path):
+    lay_pairs(tmp_path / "source")
+    shutil.copy(tmp_path / "source/images/a.nii.gz", tmp_path / "source/images/c.nii.gz")
+    shutil.copy(tmp_path / "source/labels/a.nii.gz", tmp_path / "source/labels/d.nii.gz")
+    with pytest.raises(ValueError) as error:
+        import_cohort("pairs", tmp_path / "source", tmp_path / "out")
+    assert "images/ alone holds c; labels/ alone holds d" in str(error.value) and not (tmp_path / "out").exists()
+    assert some([str(n) for n in range(12)]) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"
+
+
+def test_two_files_of_one_name(tmp_path):
+    lay_pairs(tmp_path / "source")
+    shutil.copy(tmp_path / "source/images/b.nii", tmp_path / "source/images/a.nii")
+    with pytest.raises(ValueError, match="two files for one scan"):
+        import_cohort("pairs", tmp_path / "source", tmp_path / "out")
+    shutil.copytree(tmp_path / "source/labels", tmp_path / "source/masks")
+    (tmp_path / "source/images/a.nii").unlink()
+    with pytest.raises(ValueError, match="labels/ and masks/"):
+        import_cohort("pairs", tmp_path / "source", tmp_path / "out")
+
+
+def break_image(source, kind):
+    image, label = source / "images/a.nii.gz", source / "labels/a.nii.gz"
+    if kind == "shape":
+        store(label, blood()[1:], axes="RAS")
+        return "labels/a.nii.gz: shape 23 x 30 x 6, but the image has 24 x 30 x 6"
+    if kind == "affine":
+        moved = AFFINE.copy()
+        moved[2, 3] += 2.5
+        store(label, blood(), moved, axes="RAS")
+        return "labels/a.nii.gz: affine differs from the image's by up to 2.5"
+    if kind == "mirrored":
+        store(label, blood(), AFFINE @ np.diag([-1, 1, 1, 1.0]), axes="RAS")
+        return "labels/a.nii.gz: affine differs"
+    if kind == "bit":
+        content = bytearray(image.read_bytes())
+        content[len(content) // 2] ^= 4
+        image.write_bytes(content)
+        return "images/a.nii.gz: corrupted"
+    if kind == "nan":
+        store(image, np.where(head() < 900, head(), np.nan), axes="RAS")
+        return "voxels are not a number"
+    if kind == "8-bit":
+        store(image, np.clip(head(), 0, 80).astype(np.uint8), axes="RAS")
+        return "--window"
+    if kind == "coronal":
+        store(image, head(), np.diag([-0.5, -5, 0.5, 1]))
+        store(label, blood(), np.diag([-0.5, -5, 0.5, 1]))
+        return "coronal"
+    assert kind == "link"
+    image.unlink()
+    image.symlink_to(image)
+    return "images/a.nii.gz is a link that leads back to itself"
+
+
+@pytest.mark.parametrize("kind", ["shape", "affine", "mirrored", "bit", "nan", "8-bit", "coronal", "link"])
+def test_a_bad_scan_is_skipped_and_named(tmp_path, kind):
+    lay_pairs(tmp_path / "source")
+    words = break_image(tmp_path / "source", kind)
+    report = import_cohort("pairs", tmp_path / "source", tmp_path / "out")
+    assert report.cohort.table.case.tolist() == ["b"] and words in report.skipped["a"], report.skipped
+    assert "1 of 2 skipped" in str(report) and "skipped a: " in str(report)
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*.nii.gz")) == ["b.nii.gz", "b.nii.gz"]
+    assert "a" in json.loads((tmp_path / "out/import.json").read_text())["skipped"]
+
+
+def test_filled_when_asked(tmp_path):
+    lay_pairs(tmp_path / "source")
+    break_image(tmp_path / "source", "nan")
+    report = import_cohort("pairs", tmp_path / "source", tmp_path / "out", fill_nan=True)
+    assert len(report.cohort) == 2 and "filled with air" in str(report)
+
+
+def test_a_missing_spacing_can_be_said(tmp_path):
+    lay_pairs(tmp_path / "source")
+    for name in ("images/a.nii.gz", "labels/a.nii.gz"):
+        image = nib.load(tmp_path / "source" / name)
+        image.set_qform(image.affine, 1)
+        header = image.header.copy()
+        header["pixdim"][3] = header["srow_x"][2] = header["srow_y"][2] = header["srow_z"][2] = 0
+        header["vox_offset"], header["magic"] = 352, b"n+1"
+        content = np.asarray(image.dataobj)
+        raw = header.binaryblock + b"\0" * 4 + content.astype(header.get_data_dtype()).tobytes(order="F")
+        (tmp_path / "source" / name).with_suffix("").write_bytes(raw)
+        (tmp_path / "source" / name).unlink()
+    report = import_cohort("pairs", tmp_path / "source", tmp_path / "out")
+    assert "--spacing" in report.skipped["a"]
+    options = {"spacing": (0.5, 0.5, 5), "orientation": "RAS"}
+    (tmp_path / "source/images/b.nii").unlink(), (tmp_path / "source/labels/b.nii.gz").unlink()
+    assert len(import_cohort("pairs", tmp_path / "source", tmp_path / "both", **options).cohort) == 1
+    report = import_cohort("pairs", tmp_path / "source", tmp_path / "said", spacing=(0.5, 0.5, 5))
+    assert report.cohort.table.blood_ml.tolist() == [0.045] and np.array_equal(next(iter(report.cohort))[2], blood())
+
+
+# What already lies there
+
+
+def test_the_same_import_may_be_repeated_and_another_not(tmp_path):
+    lay_pairs(tmp_path / "source")
+    options = {"layout": "pairs", "source": tmp_path / "source", "out": tmp_path / "out"}
+    import_cohort(**options)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="another import .*--overwrite"):
+        import_cohort(**options, site="elsewhere")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    for folder in ("images/b.nii", "labels/b.nii.gz"):
+        (tmp_path / "source" / folder).unlink()
+    import_cohort(**options)
+    assert sorted(path.name for path in (tmp_path / "out/images").iterdir()) == ["a.nii.gz"], "no leftovers"
+    import_cohort(**options, site="elsewhere", overwrite=True)
+    assert set(Cohort.read(tmp_path / "out").table.site) == {"elsewhere"}
+
+
+def test_what_is_no_import_is_left_alone(tmp_path):
+    lay_pairs(tmp_path / "source")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("x")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="no cohort"):
+            import_cohort("pairs", tmp_path / "source", tmp_path / "mine", overwrite=overwrite)
+    import_cohort("pairs", tmp_path / "source", tmp_path / "out")
+    (tmp_path / "out/import.json").unlink()
+    with pytest.raises(ValueError, match="was not imported"):
+        import_cohort("pairs", tmp_path / "source", tmp_path / "out")
+    for out in (tmp_path / "source", tmp_path):
+        with pytest.raises(ValueError, match="holds the source"):
+            import_cohort("pairs", tmp_path / "source", out, overwrite=True)
+    assert len(list((tmp_path / "source").rglob("*.nii*"))) == 4
+
+
+def test_nothing_to_import_keeps_what_was_there(tmp_path):
+    lay_pairs(tmp_path / "source")
+    import_cohort("pairs", tmp_path / "source", tmp_path / "out")
+    for name in ("a", "b"):
+        store(tmp_path / f"source/labels/{name}.nii.gz", 9 * blood(), axes="RAS")
+    with pytest.raises(ValueError, match="none of 2 scans could be imported:\n.*a.nii.gz") as error:
+        import_cohort("pairs", tmp_path / "source", tmp_path / "out")
+    assert "9 (36 voxels)" in str(error.value) and len(list(Cohort.read(tmp_path / "out"))) == 2
+    with pytest.raises(ValueError, match="none of 2"):
+        import_cohort("pairs", tmp_path / "source", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_interrupted_import_leaves_no_table(tmp_path, monkeypatch):
+    lay_pairs(tmp_path / "source")
+    import sahlora.cohort
+
+    write, calls = sahlora.cohort.write_nifti, []
+
+    def full(path, *arguments):
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError(28, os.strerror(28), str(path))
+        write(path, *arguments)
+
+    monkeypatch.setattr(sahlora.cohort, "write_nifti", full)
+    with pytest.raises(OSError, match="No space left"):
+        import_cohort("pairs", tmp_path / "source", tmp_path / "out")
+    assert not (tmp_path / "out/cohort.csv").exists()
+    monkeypatch.undo()
+    assert len(import_cohort("pairs", tmp_path / "source", tmp_path / "out").cohort) == 2, "the same import goes on"
+
+
+# Options
+
+
+@pytest.mark.parametrize("layout, options, words", [
+    ("bsd", {}, "--layout 'bsd': there are pairs, ct-ich"),
+    ("bhsd", {"labels": "1=EDH"}, "has its own codes"),
+    ("instance", {"blood": "EDH"}, "--blood 'EDH': not one of the labels blood"),
+    ("pairs", {"size": 100}, "--size"),
+    ("pairs", {"rater": "mean"}, "--rater 'mean'"),
+    ("pairs", {"labels": "one=EDH"}, "--labels"),
+])
+def test_wrong_options(tmp_path, layout, options, words):
+    LAY.get(layout, lay_pairs)(tmp_path / "source")
+    with pytest.raises(ValueError) as error:
+        import_cohort(layout, tmp_path / "source", tmp_path / "out", **options)
+    assert words in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_help_says_where_data_are_from():
+    text = layout_help()
+    for words in (*LAYOUTS, "physionet.org", "huggingface.co/datasets/WuBiao/BHSD", "instance.grand-challenge.org",
+                  "mbhseg.com", "zenodo.org/records/8063221", "1 EDH, 2 IPH, 3 IVH, 4 SAH, 5 SDH", "cite"):
+        assert words in text
+    assert layout_help("bhsd") in text
