@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'report', 'cohort', 'main', 'report_html', 'report_pdf', 'cohort_make', 'cohort_import', 'cohort_layouts',
-           'cohort_check', 'cohort_show', 'cohort_folds', 'predict']
+           'cohort_check', 'cohort_show', 'cohort_folds', 'pretrain', 'finetune', 'predict']
 
 # %% ../nbs/80_cli.ipynb #beac0ae6
 from pathlib import Path
@@ -236,6 +236,61 @@ def cohort_folds(
 
     shown, path = Cohort.read(folder), out or folder / "folds.json"
     typer.echo(f"{folds_table(shown, folds_for(shown, path, method, folds, seed)).to_string()}\n{path}")
+
+# %% ../nbs/80_cli.ipynb #04234cea
+_Steps = Annotated[int, typer.Option(help="Training steps.")]
+_Batch = Annotated[int, typer.Option(help="Slices in a batch; half of them with blood.")]
+_Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+_Out = Annotated[Path, typer.Option(help="Folder to write.")]
+_Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+
+
+@app.command("pretrain")
+def pretrain(
+    cohort: Annotated[Path, typer.Option(help="Source cohort: a folder with cohort.csv.")], out: _Out,
+    steps: _Steps = 800, batch_size: _Batch = 8, seed: _Seed = 0, quiet: _Quiet = False,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
+    network: Annotated[str, typer.Option(help="multi-view-unet or unet.")] = "multi-view-unet",
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    workers: Annotated[int, typer.Option(help="Threads that read ahead; they change no result.")] = 0,
+) -> None:
+    """Train a fresh network on a source cohort: model.safetensors, history.csv, run.json.
+
+    Example: sahlora pretrain --cohort cohorts/source --out runs/base
+    """
+    from sahlora.cohort import Cohort
+    from sahlora.training import pretrain as run
+
+    training = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed, "precision": precision,
+                "device": device, "workers": workers}
+    history = run(Cohort.read(cohort), out, {"name": network}, training, quiet)
+    typer.echo(f"{out / 'model.safetensors'}: {len(history)} steps, soft Dice of the last batches {history.dice.tail(20).mean():.3f}")
+
+# %% ../nbs/80_cli.ipynb #9f584dc7
+@app.command("finetune")
+def finetune(
+    base: Annotated[Path, typer.Option(help="Pre-trained weights: model.safetensors.")],
+    cohort: Annotated[Path, typer.Option(help="Target cohort: a folder with cohort.csv.")], out: _Out,
+    method: Annotated[str, typer.Option(help="none, fine-tuning, or an adapter: cp-lora, ...")] = "cp-lora",
+    region: Annotated[str, typer.Option(help="Part of the network: decoding, all, ...")] = "decoding",
+    rank: Annotated[int, typer.Option(help="Rank of an adapter.")] = 8,
+    steps: _Steps = 800, batch_size: _Batch = 8, seed: _Seed = 0, quiet: _Quiet = False,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of Adam; an adapter wants more than fine-tuning.")] = 1e-3,
+    folds: Annotated[Path | None, typer.Option(help="folds.json; by default the cohort's, drawn if it has none.")] = None,
+) -> None:
+    """Adapt pre-trained weights to a target cohort, fold by fold, and score each patient by a network that never saw them.
+
+    Example: sahlora finetune --base runs/base/model.safetensors --cohort cohorts/target --method cp-lora --out runs/cp-lora
+    """
+    from sahlora.cohort import Cohort
+    from sahlora.folds import folds_for, read_folds
+    from sahlora.transfer import Strategy, cross_validate
+
+    target, strategy = Cohort.read(cohort), Strategy(method, region, rank, None, steps, batch_size, learning_rate, seed)
+    plan = read_folds(folds, target) if folds else folds_for(target, cohort / "folds.json")
+    table = cross_validate(base, target, strategy, plan, out, quiet=quiet)
+    typer.echo(f"{out / 'patients.csv'}: {len(table)} patients, soft Dice {table.dice_soft.mean():.3f} on average")
 
 # %% ../nbs/80_cli.ipynb #0276803b
 def _read_options(series: str | None, window: str | None, spacing: str | None, orientation: str | None,

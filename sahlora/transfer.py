@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['STRATEGIES', 'KEYS', 'Strategy', 'prepare', 'score_cohort', 'cross_validate', 'load_run', 'load_examples']
 
-# %% ../nbs/41_transfer.ipynb #0522111a
+# %% ../nbs/41_transfer.ipynb #d28595ea
 import difflib
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,12 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import METHODS, adapt, save_adapter
+from .checkpoint import Checkpoint, differences
 from .checks import check_disjoint, check_voxels
 from .cohort import Cohort, richest_slice
 from .evaluation import score_patient
-from .files import load_tensors, object_hash, read_json, save_tensors, write_csv, write_json
+from .files import (atomic_folder, atomic_path, load_tensors, object_hash, read_json, save_tensors, write_csv,
+                           write_json)
 from .folds import Fold, check_folds
-from .training import load_network, load_slices, predict_volume, run_facts, train, weights_hash
+from .hardware import run_facts
+from .slices import SliceStore, open_store
+from .training import Training, load_network, predict_volume, train, weights_hash
 
 # %% ../nbs/41_transfer.ipynb #14330fda
 STRATEGIES = ("none", "fine-tuning", *METHODS)
@@ -89,7 +94,7 @@ def score_cohort(net: nn.Module, cohort: Cohort) -> tuple[pd.DataFrame, dict[str
         examples[patient] = (torch.stack([plane.T for plane in planes]) * 255).round().to(torch.uint8)
     return pd.DataFrame(rows), examples
 
-# %% ../nbs/41_transfer.ipynb #a8756620
+# %% ../nbs/41_transfer.ipynb #202f6ac0
 def _trained_names(net: nn.Module, strategy: Strategy) -> set[str]:
     "Names of state tensors that `strategy` may change: trained parameters, and batch-norm statistics beside them."
     names = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
@@ -97,24 +102,25 @@ def _trained_names(net: nn.Module, strategy: Strategy) -> set[str]:
     return names | {name for name in net.state_dict() if name.rpartition(".")[0] in owners}
 
 
-def _fit(base: str | Path, slices_of: Cohort, strategy: Strategy, seed: int, quiet: bool) -> tuple[nn.Module, pd.DataFrame]:
-    "A network adapted on `slices_of` from the weights in `base`, and its history."
+def _fit(base: str | Path, store: SliceStore, patients: Sequence[str], strategy: Strategy, seed: int,
+         checkpoint: Checkpoint, quiet: bool) -> tuple[nn.Module, pd.DataFrame]:
+    "A network adapted on `patients` from the weights in `base`, and its history."
     net, header = load_network(base)
     if weights_hash(net) != header["weights"]:
         raise AssertionError("a fold must begin at the pre-trained weights")
     torch.manual_seed(seed)
     prepare(net, strategy)
     if strategy.method == "none":
-        return net, pd.DataFrame({"step": [], "loss": []})
+        return net, pd.DataFrame({"step": [], "epoch": [], "loss": [], "dice": [], "learning_rate": []})
     may_change = _trained_names(net, strategy)
     before = {name: value.clone() for name, value in net.state_dict().items() if name not in may_change}
-    history = train(net, load_slices(slices_of), steps=strategy.steps, batch_size=strategy.batch_size,
-                    learning_rate=strategy.learning_rate, seed=seed, quiet=quiet, label=strategy.name)
+    how = Training(strategy.steps, strategy.batch_size, strategy.learning_rate, seed)
+    history = train(net, store, store.rows(patients), how, checkpoint=checkpoint, quiet=quiet, label=strategy.name)
     if moved := [name for name, value in before.items() if not torch.equal(value, net.state_dict()[name])]:
         raise AssertionError(f"{moved[0]} was to stay frozen but changed")
     return net, history
 
-# %% ../nbs/41_transfer.ipynb #8a008f39
+# %% ../nbs/41_transfer.ipynb #64130b25
 def _save_fold(folder: Path, fold: int, net: nn.Module, strategy: Strategy, base: str) -> None:
     "Write what a fold trained, as one safetensors file; `base`: hash of the weights it began at."
     if strategy.is_adapter:
@@ -124,21 +130,71 @@ def _save_fold(folder: Path, fold: int, net: nn.Module, strategy: Strategy, base
         save_tensors(folder / f"region-fold{fold}.safetensors", {name: state[name] for name in names},
                      {"strategy": asdict(strategy), "base": base, "fold": fold})
 
+# %% ../nbs/41_transfer.ipynb #d1cc8166
+@dataclass(frozen=True)
+class _Folds:
+    "What every fold of a run needs."
 
-def _run_fold(number: int, fold: Fold, base: str | Path, cohort: Cohort, strategy: Strategy, folder: Path,
-              quiet: bool) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Tensor]]:
-    "Scores (with columns fold and role), history and example slices of one fold."
+    base: str | Path
+    cohort: Cohort
+    store: SliceStore
+    strategy: Strategy
+    folder: Path  # of folds that are done, until all are
+    quiet: bool
+
+    def facts(self, number: int, fold: Fold) -> dict[str, object]:
+        "What decides a fold's result."
+        return {"strategy": asdict(self.strategy), "fold": number, "split": object_hash(asdict(fold)),
+                "base": load_network(self.base)[1]["weights"], "data": self.store.folder.name}
+
+    def score(self, net: nn.Module, number: int, fold: Fold) -> tuple[pd.DataFrame, dict[str, Tensor]]:
+        "Scores with columns fold and role, and example slices."
+        parts, examples = [], {}
+        for role, patients in (("test", fold.test), *((("fit", fold.train),) if fold.fit else ())):
+            scores, slices = score_cohort(net, self.cohort.select(patients))
+            parts.append(scores.assign(fold=number, role=role))
+            examples |= {f"{number}/{role}/{patient}": planes for patient, planes in slices.items()}
+        return pd.concat(parts), examples
+
+# %% ../nbs/41_transfer.ipynb #db344f07
+def _run_fold(run: _Folds, number: int, fold: Fold) -> Path:
+    "The folder of a fold that is done: patients.csv, history.csv, examples, and what was trained."
     check_disjoint(fold.train, fold.test, f"fold {number}: training and test")
-    net, history = _fit(base, cohort.select(fold.train), strategy, 1000 * strategy.seed + number, quiet)
-    _save_fold(folder, number, net, strategy, load_network(base)[1]["weights"])
-    parts, examples = [], {}
-    for role, patients in (("test", fold.test), *((("fit", fold.train),) if fold.fit else ())):
-        scores, slices = score_cohort(net, cohort.select(patients))
-        parts.append(scores.assign(fold=number, role=role))
-        examples |= {f"{number}/{role}/{patient}": planes for patient, planes in slices.items()}
-    return pd.concat(parts), history.assign(fold=number), examples
+    done, facts = run.folder / f"fold{number}", run.facts(number, fold)
+    if done.is_dir():
+        if lines := differences(read_json(done / "facts.json"), facts):
+            raise ValueError(f"{done}: belongs to another run: {'; '.join(lines)}. Run it as it was, or remove this folder")
+        print(f"{run.strategy.name}: fold {number} was done before")
+        return done
+    checkpoint = Checkpoint(run.folder / f"fold{number}.safetensors", facts)
+    net, history = _fit(run.base, run.store, fold.train, run.strategy, 1000 * run.strategy.seed + number, checkpoint, run.quiet)
+    scores, examples = run.score(net, number, fold)
+    with atomic_folder(done) as folder:
+        _save_fold(folder, number, net, run.strategy, facts["base"])
+        write_csv(folder / "patients.csv", scores)
+        write_csv(folder / "history.csv", history.assign(fold=number))
+        save_tensors(folder / "examples.safetensors", examples, {})
+        write_json(folder / "facts.json", facts)
+    checkpoint.remove()
+    return done
 
-# %% ../nbs/41_transfer.ipynb #d4449078
+# %% ../nbs/41_transfer.ipynb #11936f58
+def _read_csv(path: Path) -> pd.DataFrame:
+    "A fold's table, every number to its last bit."
+    return pd.read_csv(path, dtype={"patient": str}, keep_default_na=False, na_values=[""])
+
+
+def _gather(done: Sequence[Path], out: Path) -> None:
+    "Bring together what the folds trained and their examples."
+    examples = {}
+    for folder in done:
+        examples |= load_tensors(folder / "examples.safetensors")[0]
+        for path in (*folder.glob("adapter-*"), *folder.glob("region-*")):
+            with atomic_path(out / path.name) as temporary:
+                shutil.copyfile(path, temporary)
+    save_tensors(out / "examples.safetensors", examples, {})
+
+# %% ../nbs/41_transfer.ipynb #b7761200
 KEYS = ("study", "method", "rank", "region", "seed", "fold", "role", "patient")
 
 
@@ -153,20 +209,22 @@ def cross_validate(base: str | Path, cohort: Cohort, strategy: Strategy, folds: 
     shared = check_disjoint(source.get("patients", []), cohort.patients, "source and target")
     check_voxels(source.get("voxels", {}), cohort.voxels, "source and target")
     check_folds(cohort, folds)
-    parts = [_run_fold(k, fold, base, cohort, strategy, out, quiet) for k, fold in enumerate(folds)]
+    run = _Folds(base, cohort, open_store(cohort), strategy, out / "unfinished", quiet)
+    done = [_run_fold(run, k, fold) for k, fold in enumerate(folds)]
     print(f"{strategy.name}: patients shared between source and target: {shared}, between train and test: 0")
-    table = pd.concat([scores for scores, _, _ in parts])
+    table = pd.concat([_read_csv(folder / "patients.csv") for folder in done])
     table = table.assign(study=study, method=strategy.method, region="" if strategy.method == "none" else strategy.region,
                          rank=strategy.rank if strategy.is_adapter else pd.NA, seed=strategy.seed)
     table = table[[*KEYS, *(column for column in table if column not in KEYS)]].reset_index(drop=True)
     write_csv(out / "patients.csv", table)
-    write_csv(out / "history.csv", pd.concat([history for _, history, _ in parts]))
-    save_tensors(out / "examples.safetensors", {k: v for _, _, some in parts for k, v in some.items()}, {})
+    write_csv(out / "history.csv", pd.concat([_read_csv(folder / "history.csv") for folder in done]))
+    _gather(done, out)
     net, header = load_network(base)
     write_json(out / "run.json", {
         "strategy": asdict(strategy), "name": strategy.name, "trainable": prepare(net, strategy),
         "base": header["weights"], "folds": [asdict(fold) for fold in folds],
         "split": object_hash([asdict(fold) for fold in folds]), **run_facts(time.perf_counter() - started), **(facts or {})})
+    shutil.rmtree(run.folder)
     return table
 
 # %% ../nbs/41_transfer.ipynb #78418dc1

@@ -88,7 +88,8 @@ def test_the_short_word_for_the_target_is_the_same_case(built) -> None:
 
 
 def test_a_case_key_follows_the_request() -> None:
-    asked = [("tbi", 1, 2), ("tbi", 1, 3), ("tbi", 2, 2), ("asah", 1, 2), ("tbi", 1, 2, (128, 160)), ("tbi", 1, 2, GRID, 27)]
+    asked = [("tbi", 1, 2), ("tbi", 1, 3), ("tbi", 2, 2), ("asah", 1, 2), ("tbi", 1, 2, (128, 160))]
+    asked.append(("tbi", 1, 2, GRID, 27))
     keys = [phantom.case_key(*one) for one in asked]
     assert len(set(keys)) == len(keys) and keys == [phantom.case_key(*one) for one in asked]
     assert phantom.case_key("sah", 1, 2) == keys[3] and all(len(key) == 16 for key in keys)
@@ -267,7 +268,7 @@ def patient() -> trauma.Inside:
 def test_epidurals_stop_at_sutures(patient, site, ml) -> None:
     lesion = trauma.Lesion("epidural", ml, 1 if site[0] > 0 else -1, site, 58.0)
     within = trauma.lesion_depth(patient, lesion) > 0
-    assert within.sum() * phantom.FINE_ML == pytest.approx(ml, rel=0.1)
+    assert 0.9 * min(ml, 80) < within.sum() * phantom.FINE_ML < 1.05 * ml  # before the coronal suture is room for 80
     for name, plane in phantom.sutures(patient.p).items():
         sides = np.sign(plane[within])
         assert abs(sides.mean()) > 0.995, name  # one side, but for a voxel of smoothing
@@ -314,7 +315,7 @@ def test_ventricular_blood_stands_with_a_level_at_the_back() -> None:
     low, wet = here.fields["below"], here.fields["ventricle"] > 0.5
     assert low[blood].min() >= -size and (low[wet & ~blood] < -size).all()  # all below the level, none left out
     assert np.median(low[blood]) > np.median(low[wet]) + 8
-    points = np.stack(np.unravel_index(inside.ins, phantom.FINE))  # along the table, down is +row and +plane by the tilt
+    points = np.stack(np.unravel_index(inside.ins, phantom.FINE))  # down the table is +row, and +plane by the tilt
     rows = at.v[points[0], points[1]] * np.cos(np.radians(12)) + at.w[points[0]] * np.sin(np.radians(12))
     assert np.allclose(rows - low, (rows - low)[0], atol=1e-2)
 
@@ -348,7 +349,8 @@ def test_oedema_stays_around_its_lesion(built) -> None:
 # Hounsfield units
 
 
-TISSUE_HU = {"csf": (5, 15), "white": (20, 30), "grey": (36.5, 45), "fat": (-100, -50), "oedema": (10, 20), "air": (-1024, -990)}
+TISSUE_HU = {"csf": (5, 15), "white": (20, 30), "grey": (36.5, 45), "fat": (-100, -50), "oedema": (10, 20),
+             "air": (-1024, -990)}
 LESION_HU = {"epidural": (56, 10), "subdural": (50, 12), "contusion": (48, 9), "intraparenchymal": (48, 9),
              "subarachnoid": (44, 8), "intraventricular": (40, 9), "clot": (48, 9)}
 
@@ -461,7 +463,8 @@ def test_a_threshold_does_not_solve_it(built) -> None:
         (dict(kind="stroke"), "kind"), (dict(index=-1), "index"), (dict(index=1.5), "index"), (dict(seed=-2), "seed"),
         (dict(seed=True), "seed"), (dict(grid=(63, 80)), "grid"), (dict(grid=(64, 8)), "grid"),
         (dict(grid=(64,)), "grid"), (dict(grid=(64.0, 80)), "grid"), (dict(grid=(2048, 64)), "grid"),
-        (dict(slices=0), "slices"), (dict(slices=29), "slices"), (dict(tilt=45), "tilt"), (dict(tilt=float("nan")), "tilt"),
+        (dict(slices=0), "slices"), (dict(slices=29), "slices"),
+        (dict(tilt=45), "tilt"), (dict(tilt=float("nan")), "tilt"),
     ],
 )
 def test_bad_requests_are_named(request_: dict, word: str) -> None:

@@ -1,109 +1,392 @@
-"""The loop: balanced, seeded, frozen where it says frozen, whole checkpoints."""
+"""Batches, augmentation, the loop and its checkpoints: balanced, seeded, frozen where it says frozen, resumable."""
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 import torch
-from monai.losses import DiceLoss
+from monai.losses import DiceCELoss, DiceLoss
 
+from sahlora.augmentation import NO_AUGMENTATION, Augmentation, augment, bend, bend_mask, displacement, sample_generator, smooth
+from sahlora.checkpoint import Checkpoint, differences, find_checkpoint
+from sahlora.cohort import Case, write_cohort
 from sahlora.files import load_tensors, save_tensors
-from sahlora.training import (BalancedBatches, Slices, ct_to_images, load_network, pad_to_multiple, predict,
-                              save_network, train, weights_hash)
+from sahlora.slices import BalancedBatches, open_store, pack, unpack
+from sahlora.training import (Training, batch_dice, ct_to_images, load_network, make_loss, make_training, pad_to_multiple, predict,
+                              save_network, train, training_facts, weights_hash)
 from sahlora.unet import MultiViewUnet, Unet
 
+PLAIN = Training(steps=4, batch_size=4, precision="fp32", augmentation=NO_AUGMENTATION)
 
-def toy(count=6, size=16, blood=3):
-    "Bright squares on noise; the first `blood` slices hold one."
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(count, 1, size, size, generator=generator) * 0.3
-    masks = torch.zeros(count, 1, size, size, dtype=torch.uint8)
-    masks[:blood, :, 4:10, 4:10] = 1
-    return Slices(images + 0.6 * masks, masks, tuple(f"p{i}" for i in range(count)))
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    "Six patients of three slices: bright squares on noise, in the first four patients only."
+    draw, cases = np.random.default_rng(0), []
+    for k in range(6):
+        hu = np.rint(draw.uniform(0, 40, (16, 16, 3))).astype(np.int16)
+        mask = np.zeros((16, 16, 3), np.uint8)
+        mask[4:10, 4:10, 1] = k < 4
+        cases.append(Case(f"c{k}", f"p{k}", "toy", hu + 60 * mask.astype(np.int16), mask, np.diag([-1.0, -1, 5, 1])))
+    return open_store(write_cohort(tmp_path_factory.mktemp("toy") / "cohort", cases))
+
+
+def everything(store):
+    return np.arange(len(store))
+
+
+def network(seed=0, levels=1):
+    torch.manual_seed(seed)
+    return MultiViewUnet(levels=levels)
+
+
+# --- slices and batches -------------------------------------------------------------------------------------------
+
+
+def test_bytes_hold_whole_hu_exactly():
+    hu = np.arange(-1024, 3000, dtype=np.float32)
+    assert np.array_equal(unpack(pack(hu)), np.clip(hu, -30, 170))
+    assert unpack(pack(np.array([10.4, 10.6], np.float32))).tolist() == [10, 11]
+
+
+def test_a_store_gives_what_the_cohort_holds(store):
+    assert len(store) == 18 and store.size == (16, 16) and store.blood.sum() == 4
+    assert store.rows(["p1", "p5"]).tolist() == [3, 4, 5, 15, 16, 17]
+    hu, masks = store.read([4, 0, 4])
+    assert torch.equal(hu[0], hu[2]) and masks[0].sum() == 36 and not masks[1].any() and hu[0].max() > 60
+    with pytest.raises(ValueError, match="no patient p9"):
+        store.rows(["p9"])
+
+
+def test_other_content_is_another_store(tmp_path):
+    def case(value):
+        return Case("c", "p", "toy", np.full((16, 18, 2), value, np.int16), np.zeros((16, 18, 2), np.uint8), np.eye(4))
+
+    cohort = write_cohort(tmp_path / "one", [case(10)])
+    first = open_store(cohort)
+    assert open_store(cohort).folder == first.folder and first.size == (20, 16)
+    again = open_store(write_cohort(tmp_path / "one", [case(11)]))
+    assert again.folder != first.folder and again.read([0])[0].max() == 11
+
+
+def test_slices_of_two_sizes_are_refused(tmp_path):
+    cases = [Case(f"c{n}", f"p{n}", "toy", np.zeros((n, 16, 2), np.int16), np.zeros((n, 16, 2), np.uint8), np.eye(4)) for n in (16, 24)]
+    with pytest.raises(ValueError, match="c24.*one slice size"):
+        open_store(write_cohort(tmp_path / "c", cases))
+    assert not list((tmp_path / "c/cache").iterdir())
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 8])
 def test_batches_are_balanced_and_use_every_slice(batch_size):
-    has_blood = torch.tensor([True] * 3 + [False] * 9)
-    batches = BalancedBatches(has_blood, batch_size, seed=1)
-    drawn = torch.stack([next(batches) for _ in range(60)])
-    assert (has_blood[drawn].sum(1) == batch_size - batch_size // 2).all()
-    counts = torch.bincount(drawn.flatten(), minlength=12)
+    blood = np.array([True] * 3 + [False] * 9)
+    batches = BalancedBatches(np.arange(12) + 100, blood, batch_size, seed=1)
+    drawn = np.array([batches.batch(k) for k in range(60)]) - 100
+    assert (blood[drawn].sum(1) == batch_size - batch_size // 2).all()
+    counts = np.bincount(drawn.ravel(), minlength=12)
     for pool in (counts[:3], counts[3:]):
-        assert pool.min() > 0 and pool.max() - pool.min() <= 1, "a pool is used up before it starts again"
+        assert pool.min() > 0 and np.ptp(pool) <= 1, "a pool is used up before it starts again"
+    assert all(np.array_equal(batches.batch(k) - 100, drawn[k]) for k in (59, 3, 0)), "any batch, in any order"
 
 
 def test_batches_depend_on_the_seed_alone():
-    has_blood = torch.arange(20) < 7
-    draw = lambda seed: [next(b).tolist() for b in [BalancedBatches(has_blood, 6, seed)] for _ in range(9)]
+    blood = np.arange(20) < 7
+    draw = lambda seed: [BalancedBatches(np.arange(20), blood, 6, seed).batch(k).tolist() for k in range(9)]  # noqa: E731
     assert draw(3) == draw(3) != draw(4)
 
 
 def test_one_kind_only_is_said_and_nothing_is_refused_in_silence():
-    assert "no slice without blood" in BalancedBatches(torch.ones(4, dtype=torch.bool), 2).note
-    assert "no slice with blood" in BalancedBatches(torch.zeros(4, dtype=torch.bool), 2).note
-    assert BalancedBatches(torch.tensor([True, False]), 2).note == ""
-    with pytest.raises(ValueError, match="need slices"):
-        BalancedBatches(torch.zeros(0, dtype=torch.bool), 2)
+    assert "no slice without blood" in BalancedBatches(np.arange(4), np.ones(4, bool), 2).note
+    assert "no slice with blood" in BalancedBatches(np.arange(4), np.zeros(4, bool), 2).note
+    assert BalancedBatches(np.arange(2), np.array([True, False]), 2).note == ""
+    for rows, size in ((0, 2), (4, 1)):
+        with pytest.raises(ValueError, match="need slices"):
+            BalancedBatches(np.arange(rows), np.zeros(rows, bool), size)
+
+
+# --- augmentation -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sigma", [1.0, 4.0])
+def test_blur_is_scipys(sigma):
+    from scipy.ndimage import gaussian_filter
+
+    field = torch.rand(1, 2, 40, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = np.stack([gaussian_filter(plane, sigma, mode="mirror", truncate=4) for plane in field[0].numpy()])
+    assert np.abs(smooth(field, sigma)[0].numpy() - expected).max() < 1e-6
+
+
+def test_displacement_is_the_formula_written_out():
+    noise = torch.rand(1, 2, 24, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    field = displacement(noise, 5, 2)
+    assert torch.allclose(field[..., 0], smooth(noise, 2)[:, 0] * 5 / 24) and torch.allclose(field[..., 1], smooth(noise, 2)[:, 1] * 5 / 32)
+
+
+def test_bend_samples_where_it_says():
+    picture = torch.rand(1, 1, 12, 16)
+    assert torch.allclose(bend(picture, torch.zeros(1, 12, 16, 2)), picture, atol=1e-6)
+    right = torch.zeros(1, 12, 16, 2)
+    right[..., 0] = 2 / 16  # one pixel to the right
+    moved = bend(picture, right)
+    assert torch.allclose(moved[..., :-1], picture[..., 1:], atol=1e-5) and torch.allclose(moved[..., -1], torch.zeros(12), atol=1e-5)
+
+
+def test_thin_masks_keep_their_size_but_for_the_papers_cut():
+    mask = torch.zeros(1, 1, 128, 128)
+    mask[..., 20:100, 60:62] = 1
+    field = displacement(torch.rand(1, 2, 128, 128, generator=sample_generator(0, 0)) * 2 - 1, 5, 4)
+    sizes = {cut: (bend_mask(mask, field, cut).sum() / mask.sum()).item() for cut in ("half", "nearest", "paper")}
+    assert abs(sizes["half"] - 1) < 0.05 and abs(sizes["nearest"] - 1) < 0.05 and sizes["paper"] > 1.4
+    with pytest.raises(ValueError, match="half, nearest, paper"):
+        bend_mask(mask, field, "third")
+
+
+@pytest.mark.parametrize("how", [Augmentation(), Augmentation(elastic=1, alpha=80, jitter=1, jitter_weight=0.5)])
+def test_a_slice_is_augmented_alike_in_any_batch(how):
+    hu, masks = torch.rand(5, 1, 20, 24) * 140, (torch.rand(5, 1, 20, 24) > 0.7).byte()
+    together = augment(hu, masks, range(7, 12), 3, how)
+    alone = [augment(hu[j : j + 1], masks[j : j + 1], [7 + j], 3, how) for j in range(5)]
+    for one, parts in zip(together, zip(*alone)):
+        assert torch.equal(one, torch.cat(parts))
+    assert set(together[1].unique().tolist()) <= {0.0, 1.0} and 0 <= together[0].min() and together[0].max() <= 1
+    assert (together[2] == (how.jitter_weight if how.jitter else 1)).all()
+
+
+def test_jitter_moves_the_window():
+    hu = torch.full((400, 1, 2, 2), 70.0)
+    images, _, _ = augment(hu, torch.zeros_like(hu), range(400), 0, Augmentation(elastic=0, flip=0, jitter=1))
+    low, high = (70 - 30) / (170 - 30), (70 + 30) / (110 + 30)
+    assert low - 0.2 < images.min() < 0.4 and 0.6 < images.max() < high + 0.2 and abs(images.mean() - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("wrong", [{"elastic": 2}, {"flip": -1}, {"masks": "big"}, {"sigma": 0}])
+def test_impossible_augmentation_is_refused(wrong):
+    with pytest.raises(ValueError):
+        Augmentation(**wrong)
+
+
+# --- the loop -----------------------------------------------------------------------------------------------------
 
 
 def test_padding_is_below_and_right():
-    planes = torch.ones(2, 5, 6)
-    padded = pad_to_multiple(planes, 4)
+    padded = pad_to_multiple(torch.ones(2, 5, 6), 4)
     assert padded.shape == (2, 8, 8) and padded[:, :5, :6].all() and padded.sum() == 60
     assert ct_to_images(np.full((1, 4, 4), 70.0), 4).tolist() == torch.full((1, 1, 4, 4), 0.5).tolist()
 
 
-def test_same_seed_same_weights_other_seed_others():
+def test_losses_are_monais():
+    logits, truth = torch.randn(3, 1, 9, 9), (torch.rand(3, 1, 9, 9) > 0.7).float()
+    assert torch.isclose(1 - batch_dice(logits, truth), DiceLoss(sigmoid=True, batch=True)(logits, truth), atol=1e-6)
+    loss, dice = make_loss("dice+ce")(logits, truth, torch.ones(3))
+    assert torch.isclose(loss, DiceCELoss(sigmoid=True, batch=True)(logits, truth), atol=1e-5) and 0 < dice < 1
+
+
+def test_same_seed_same_weights_other_seed_others(store):
     hashes = []
     for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        net = MultiViewUnet(levels=1)
-        train(net, toy(), steps=4, batch_size=4, seed=seed, quiet=True)
+        net = network(seed)
+        train(net, store, everything(store), Training(steps=4, batch_size=4, seed=seed), quiet=True)
         hashes.append(weights_hash(net))
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_frozen_batch_norm_does_not_drift():
-    torch.manual_seed(0)
-    net = MultiViewUnet(levels=1)
-    net.requires_grad_(False)
+@pytest.mark.parametrize("workers", [1, 3])
+def test_readers_change_nothing(store, workers):
+    hashes = []
+    for count in (0, workers):
+        net = network()
+        train(net, store, everything(store), Training(steps=5, batch_size=4, workers=count), quiet=True)
+        hashes.append(weights_hash(net))
+    assert hashes[0] == hashes[1]
+
+
+def test_frozen_batch_norm_does_not_drift(store):
+    net = network().requires_grad_(False)
     net.last.requires_grad_(True)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    train(net, toy(), steps=3, batch_size=4, quiet=True)
+    train(net, store, everything(store), PLAIN, quiet=True)
     moved = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
     assert moved and all(name.startswith("last.") for name in moved)
     assert any("running_mean" in name for name in moved), "statistics of the trained part follow the data"
 
 
-def test_one_step_is_adam_on_monais_loss():
+def test_one_step_is_adam_on_monais_loss(store):
     "The first step written out by hand: the same batch, MONAI's loss, torch's Adam."
-    torch.manual_seed(0)
-    net, data = MultiViewUnet(levels=1), toy(count=2, blood=1)
-    other = MultiViewUnet(levels=1)
-    other.load_state_dict(net.state_dict())
+    net, other = network(), network()
     other.to(memory_format=torch.channels_last)
-    history = train(net, data, steps=1, batch_size=2, learning_rate=1e-2, seed=5, quiet=True)
-    mirror = torch.rand(2, generator=torch.Generator().manual_seed(5)) < 0.5
-    images = torch.stack([x.flip(-1) if m else x for x, m in zip(data.images, mirror)])
-    assert mirror.tolist() != [False, False], "the seed mirrors at least one"
-    masks = torch.stack([x.flip(-1) if m else x for x, m in zip(data.masks, mirror)]).float()
+    how = Training(steps=1, batch_size=4, learning_rate=1e-2, seed=5, precision="fp32", augmentation=NO_AUGMENTATION)
+    history = train(net, store, everything(store), how, quiet=True)
+    hu, masks = store.read(BalancedBatches(everything(store), store.blood, 4, 5).batch(0))
     optimizer = torch.optim.Adam(other.parameters(), lr=1e-2)
-    loss = DiceLoss(sigmoid=True, batch=True)(other.train()(images), masks)
+    images = (hu / 140).clamp(0, 1).to(memory_format=torch.channels_last)
+    loss = DiceLoss(sigmoid=True, batch=True)(other.train()(images), masks.float())
     loss.backward()
     optimizer.step()
     assert history.loss[0] == pytest.approx(loss.item(), abs=1e-6)
     for one, two in zip(net.parameters(), other.parameters()):
-        assert torch.equal(one, two)
+        assert torch.allclose(one, two, atol=1e-6)
 
 
-def test_a_loss_that_is_not_a_number_names_patients():
-    data = toy()
-    data.images[0] = float("nan")
-    with pytest.raises(FloatingPointError, match="step 1 .*p0"):
-        train(MultiViewUnet(levels=1), data, steps=2, batch_size=12, quiet=True)
+def test_two_slices_can_be_learned_by_heart(tmp_path):
+    cases, draw = [], np.random.default_rng(3)
+    for k in range(2):
+        mask = np.zeros((32, 32, 1), np.uint8)
+        mask[8 + 6 * k : 18 + 6 * k, 6:20] = 1
+        hu = np.rint(draw.normal(35, 8, mask.shape) + 25 * mask).astype(np.int16)
+        cases.append(Case(f"c{k}", f"p{k}", "toy", hu, mask, np.diag([-1.0, -1, 5, 1]), spacing="unknown"))
+    two = open_store(write_cohort(tmp_path / "two", cases))
+    net = network(levels=2)
+    train(net, two, everything(two), Training(steps=150, batch_size=2, learning_rate=3e-3, augmentation=NO_AUGMENTATION), quiet=True)
+    hu, masks = two.read([0, 1])
+    found = predict(net, (hu / 140).clamp(0, 1)) > 0.5
+    assert 2 * (found & masks.bool()).sum() / (found.sum() + masks.sum()) > 0.98
 
 
-def test_nothing_to_train_is_an_error():
+@pytest.mark.parametrize("options", [{"optimizer": "adamw", "weight_decay": 0.1}, {"schedule": "cosine", "warmup": 2}, {"clip": 0.01},
+                                     {"loss": "dice+ce"}, {"average": 0.5}, {"precision": "bf16"}])
+def test_options_change_the_training(store, options):
+    hashes = []
+    for more in ({}, options):
+        net = network()
+        history = train(net, store, everything(store), make_training({**training_facts(PLAIN), **more}), quiet=True)
+        assert np.isfinite(history.loss).all() and len(history) == 4 and not net.training
+        hashes.append(weights_hash(net))
+    assert hashes[0] != hashes[1]
+
+
+def test_stopping_early_keeps_a_copy_of_the_best(store):
+    net = network()
+    how = Training(steps=200, batch_size=6, learning_rate=0.05, patience=2, augmentation=NO_AUGMENTATION)
+    history = train(net, store, store.rows(["p0", "p1", "p4"]), how, validation=store.rows(["p2", "p3"]), quiet=True)
+    seen = history.validation.dropna()
+    assert len(history) < 200 and len(seen) - 1 - seen.to_numpy().argmax() == 2
+    from sahlora.training import dice_of_rows
+
+    assert dice_of_rows(net, store, store.rows(["p2", "p3"])) == pytest.approx(seen.max(), abs=0.02)
+    with pytest.raises(ValueError, match="needs validation slices"):
+        train(network(), store, everything(store), how, quiet=True)
+
+
+def test_a_loss_that_is_not_a_number_names_cases_and_keeps_the_checkpoint(store, tmp_path):
+    checkpoint = Checkpoint(tmp_path / "run.safetensors", {})
+    train(net := network(), store, everything(store), PLAIN, checkpoint=checkpoint, every=2, quiet=True)
+    kept = checkpoint.path.read_bytes()
+    with torch.no_grad():
+        next(net.parameters())[:] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"step 1 \(epoch 1\), in a batch of the cases .*c\d"):
+        train(net, store, everything(store), PLAIN, quiet=True)
+    assert checkpoint.path.read_bytes() == kept
+
+
+def test_nothing_to_train_is_an_error(store):
     with pytest.raises(ValueError, match="nothing to train"):
-        train(MultiViewUnet(levels=1).requires_grad_(False), toy(), steps=1, quiet=True)
+        train(network().requires_grad_(False), store, everything(store), PLAIN, quiet=True)
+
+
+@pytest.mark.parametrize("wrong, words", [({"stepps": 3}, "did you mean 'steps'"), ({"steps": "10"}, "steps"), ({"loss": "focal"}, "dice\\+ce"),
+                                          ({"average": 1.0}, "average"), ({"clip": 0}, "clip"), ({"learning_rate": -1}, "learning_rate")])
+def test_wrong_options_are_named(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        make_training(wrong)
+
+
+def test_a_device_that_is_not_there(store):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ValueError, match="cuda is not there"):
+        train(network(), store, everything(store), Training(device="cuda"), quiet=True)
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+RUN = """
+import sys, torch, numpy as np
+from pathlib import Path
+from sahlora.checkpoint import Checkpoint
+from sahlora.cohort import Cohort
+from sahlora.slices import open_store
+from sahlora.training import Training, save_network, train
+from sahlora.unet import MultiViewUnet
+torch.set_num_threads(1)
+folder, out = map(Path, sys.argv[1:])
+store = open_store(Cohort.read(folder))
+torch.manual_seed(int(out.stem[-1]) * 77)
+net = MultiViewUnet(levels=1)
+start = torch.Generator().manual_seed(0)
+with torch.no_grad():
+    for p in net.parameters():
+        p.copy_(torch.randn(p.shape, generator=start) * 0.1)
+how = Training(steps=60, batch_size=4, precision="fp32", average=0.9)
+history = train(net, store, np.arange(len(store)), how, checkpoint=Checkpoint(out.with_suffix(".checkpoint.safetensors"), {"a": 1}), every=5, quiet=True)
+save_network(out.with_suffix(".safetensors"), net)
+history.to_csv(out.with_suffix(".csv"))
+"""
+
+
+def run_killed(store, out, kills, seed=0):
+    "Run the program, kill it after `kills` random times, then let it end."
+    command = [sys.executable, "-c", RUN, str(store.folder.parent.parent), str(out)]
+    draw = np.random.default_rng(seed)
+    for _ in range(kills):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        wait = draw.uniform(0.05, 1.2)
+        target = out.with_suffix(".checkpoint.safetensors")
+        begin = time.time()
+        while time.time() - begin < 60 and not target.exists() and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out.with_suffix(".safetensors").read_bytes(), out.with_suffix(".csv").read_bytes()
+
+
+def test_killed_and_gone_on_is_the_same_to_the_last_bit(store, tmp_path):
+    whole = run_killed(store, tmp_path / "run0", kills=0)
+    assert run_killed(store, tmp_path / "run1", kills=2) == whole
+    assert sorted(p.suffix for p in tmp_path.iterdir() if "new" in p.name or p.name.startswith(".")) == []
+
+
+@pytest.mark.slow
+def test_killed_at_20_random_moments(store, tmp_path):
+    whole = run_killed(store, tmp_path / "run0", kills=0)
+    for k in range(1, 6):
+        assert run_killed(store, tmp_path / f"run{k}", kills=4, seed=k) == whole
+
+
+def test_another_run_is_refused_with_the_difference(store, tmp_path):
+    path = tmp_path / "run.safetensors"
+    train(network(), store, everything(store), PLAIN, checkpoint=Checkpoint(path, {"split": "a", "how": {"steps": 4}}), every=2, quiet=True)
+    with pytest.raises(ValueError, match="how.steps was 4, is 5; split was 'a', is 'b'"):
+        train(network(), store, everything(store), PLAIN, checkpoint=Checkpoint(path, {"split": "b", "how": {"steps": 5}}), quiet=True)
+    assert differences({"a": {"b": 1}}, {"a": {"b": 1}}) == []
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(store, tmp_path, capsys):
+    checkpoint = Checkpoint(tmp_path / "run.safetensors", {})
+    train(network(), store, everything(store), PLAIN, checkpoint=checkpoint, every=2, quiet=True)
+    checkpoint.path.write_bytes(checkpoint.path.read_bytes()[:1000])
+    assert find_checkpoint(checkpoint)[1]["step"] == 2 and "going on from the one before" in capsys.readouterr().out
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(store, tmp_path, monkeypatch):
+    checkpoint = Checkpoint(tmp_path / "run.safetensors", {})
+    train(network(), store, everything(store), PLAIN, checkpoint=checkpoint, every=4, quiet=True)
+    kept = checkpoint.path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, os.strerror(28), str(checkpoint.path))
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError):
+        checkpoint.save(9, net := network(), torch.optim.Adam(net.parameters()), {})
+    assert checkpoint.path.read_bytes() == kept and [p.name for p in tmp_path.iterdir()] == ["run.safetensors"]
+
+
+# --- networks on disk ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("net", [MultiViewUnet(levels=1, in_channels=2), Unet(levels=2, width=8)])
@@ -126,6 +409,5 @@ def test_altered_weights_are_refused(tmp_path):
 
 
 def test_predict_does_not_depend_on_the_batch_size():
-    torch.manual_seed(0)
-    net, x = MultiViewUnet(levels=1), torch.rand(7, 1, 16, 16)
+    net, x = network(), torch.rand(7, 1, 16, 16)
     assert torch.allclose(predict(net, x, 2), predict(net, x, 7), atol=1e-7)

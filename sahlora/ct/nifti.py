@@ -189,7 +189,7 @@ class Nifti:
     stored: StoredNifti
     notes: tuple[str, ...] = ()
 
-# %% ../../nbs/10_ct.nifti.ipynb #02383a50
+# %% ../../nbs/10_ct.nifti.ipynb #3ad40180
 def _said(header: nib.Nifti1Header, spacing: Sequence[float] | None, orientation: str | None, path: Path) -> np.ndarray:
     "The affine (4, 4) with what the caller said in place of what the header lacks; written into `header` too."
     directions = _directions(header, orientation, path)
@@ -207,7 +207,7 @@ def _said(header: nib.Nifti1Header, spacing: Sequence[float] | None, orientation
     header.set_qform(affine, 1, strip_shears=True)
     return affine
 
-
+# %% ../../nbs/10_ct.nifti.ipynb #fcd45fd8
 def read_nifti(path: str | Path, spacing: Sequence[float] | None = None, orientation: str | None = None) -> Nifti:
     """A volume from .nii or .nii.gz. `spacing`: mm across, front to back, up, where the file has none; `orientation`:
     letters of its axes (LPS), where it has none.

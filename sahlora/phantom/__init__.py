@@ -8,7 +8,7 @@ __all__ = ['ALIASES', 'VOLUME_EDGES_ML', 'check_request', 'make_case', 'case_key
            'TISSUES', 'blood_share', 'frame', 'grain', 'head_points', 'make_head', 'plan_bleed', 'plan_trauma',
            'regrid', 'scan_head', 'stream', 'sutures', 'thick']
 
-# %% ../../nbs/11_phantom.ipynb #e81e8d75
+# %% ../../nbs/11_phantom.ipynb #9c01883f
 import hashlib
 import inspect
 from pathlib import Path
@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from .aneurysm import ANEURYSMS, Bleed, plan_bleed
-from .lattice import FIELD_MM, FINE, FINE_ML, FINE_MM, KINDS, SLICE_MM, SLICES, frame, head_points, regrid, stream
-from .lattice import thick
+from .lattice import FIELD_MM, FINE, FINE_ML, FINE_MM, KINDS, SLICE_MM, SLICES
+from .lattice import frame, head_points, regrid, stream, thick
 from .scanner import Head, PhantomCase, blood_share, grain, make_head, scan_head
 from .skull import HU, TISSUES, sutures
 from .trauma import Lesion, plan_trauma

@@ -102,7 +102,7 @@ def with_level(inside: Inside, at: Frame) -> Inside:
     wet = inside.fields["ventricle"] > 0
     return Inside(inside.p, inside.d, {**inside.fields, "below": low - low[wet].max()}, inside.ins)
 
-# %% ../../nbs/11_phantom.aneurysm.ipynb #afdea231
+# %% ../../nbs/11_phantom.aneurysm.ipynb #4d1ac0ee
 CLOTS = {  # artery: how often, where, proportions
     "acom": (0.35, (7, -31, 7), (0.75, 1.5, 0.95)), "mca": (0.5, (40, -7, 7), (0.75, 1.35, 1.05)),
     "pcom": (0.2, (27, -6, -2), (0.85, 1.3, 0.9)), "basilar": (0.0, (0, 0, 0), (1, 1, 1)),
@@ -111,7 +111,7 @@ CLOTS = {  # artery: how often, where, proportions
 
 @dataclass(frozen=True)
 class Bleed:
-    "What is asked for: artery, its site (mm), mL around and in the brain, a clot in it or None, hydrocephalus 0..1, HU."
+    "What is asked for: artery, its site (mm), mL around the brain and in ventricles, a clot, hydrocephalus 0..1, HU."
 
     artery: str
     site: Vec

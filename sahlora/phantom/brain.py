@@ -86,7 +86,7 @@ TEMPORAL = (((21, 37, 18), 5.5, (31, 18, -5), 2.2), ((31, 18, -5), 2.2, (30, 0, 
 
 
 def ventricles(p: Points, factor: float, hydrocephalus: float = 0.0) -> np.ndarray:
-    "Depth (mm) in lateral ventricles with horns, third, aqueduct and fourth; `factor` and hydrocephalus 0..1 swell them."
+    "Depth (mm) in the ventricles, with horns and aqueduct; `factor` and hydrocephalus (0..1) swell them."
     x, y, z = p
     q = (np.abs(x), y, z)
     factor = factor * (1 + 0.45 * hydrocephalus)
@@ -159,7 +159,7 @@ def build_brain(
     p: Points, d: np.ndarray, who: Patient, folds: np.ndarray, noise: dict[str, np.ndarray],
     hydrocephalus: float = 0.0, x_dura: np.ndarray | None = None,
 ) -> Brain:
-    "All intracranial depths at points `p` with cavity depth `d`; `x_dura`: x of the falx where mass effect moved it less."
+    "All intracranial depths at points `p` of cavity depth `d`; `x_dura`: x of the falx, which mass effect moves less."
     mid, height = midsagittal(p[0] if x_dura is None else x_dura, noise), tentorium(p) - 0.8 * noise["wave"]
     fossa = posterior_fossa(p)
     below = np.minimum(-height, fossa + 1.5)

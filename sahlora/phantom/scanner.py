@@ -9,15 +9,15 @@ __all__ = ['Head', 'paint_inside', 'make_head', 'blurred', 'cupping', 'petrous_b
 # %% ../../nbs/11_phantom.scanner.ipynb #0e63e398
 from dataclasses import dataclass, field
 
-# %% ../../nbs/11_phantom.scanner.ipynb #a2d8dbe2
+# %% ../../nbs/11_phantom.scanner.ipynb #105fff00
 import numpy as np
 from scipy import ndimage
 
 from .aneurysm import bleed_aneurysm, plan_bleed
 from .brain import build_brain, fold_lattice, paint_brain, paint_vessels
 from .lattice import CENTRE_MM, FIELD_MM, FINE, FINE_ML, FINE_MM, SLICE_MM, SLICES
-from .lattice import Patient, drawn_share, draw_patient, frame, head_points, noise_fields, regrid, stream, thick
-from .lattice import tilted_affine
+from .lattice import Patient, drawn_share, draw_patient, frame, head_points, noise_fields, regrid
+from .lattice import stream, thick, tilted_affine
 from .skull import Canvas, cavity, paint_outside
 from .trauma import Inside, bleed_trauma, pack, plan_trauma, pushed
 
@@ -88,19 +88,21 @@ def cupping(depth: np.ndarray, strength: float) -> np.ndarray:
     "HU to add at `depth` mm below the inner table: `strength` HU between bone and middle."
     return np.clip(depth + 0.5, 0, 1) * strength * (np.exp(-np.clip(depth, 0, None) / 12) - 0.25)
 
-# %% ../../nbs/11_phantom.scanner.ipynb #7b1e7610
+# %% ../../nbs/11_phantom.scanner.ipynb #75456a24
 def petrous_band(tilt: float) -> np.ndarray:
     "Shape of the band in 28 slices on the fine pixels, 1 where it is darkest; tilt in degrees."
     at = frame(tilt)
     w, v = at.w[0::2, None] + 1.25 + CENTRE_MM[2], 0.5 * (at.v[0::2] + at.v[1::2]) + CENTRE_MM[1]
-    along = np.exp(-(((v - 26) / 4.5) ** 2)) - 0.6 * np.exp(-(((v - 38) / 5) ** 2)) + 0.5 * np.exp(-(((v - 14) / 4) ** 2))
+    along = np.exp(-(((v - 26) / 4.5) ** 2)) - 0.6 * np.exp(-(((v - 38) / 5) ** 2))
+    along += 0.5 * np.exp(-(((v - 14) / 4) ** 2))
     return ((along * np.exp(-(((w + 18) / 9) ** 2)))[:, :, None] * np.exp(-((at.u / 34) ** 2))).astype(np.float32)
 
 
 def beam(head: Head, strength: float, psf_mm: float) -> np.ndarray:
     "28 slices on the fine pixels: blurred, brighter under bone (cupping), a dark band between the petrous bones."
     d = thick(head.depth)
-    return blurred(head, psf_mm) + cupping(d, strength) - 1.4 * strength * np.clip(d + 0.5, 0, 1) * petrous_band(head.tilt)
+    band = 1.4 * strength * np.clip(d + 0.5, 0, 1) * petrous_band(head.tilt)
+    return blurred(head, psf_mm) + cupping(d, strength) - band
 
 # %% ../../nbs/11_phantom.scanner.ipynb #74b8abff
 def grain(rng: np.random.Generator, grid: tuple[int, int], sigma_hu: float) -> np.ndarray:

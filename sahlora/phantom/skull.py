@@ -142,7 +142,7 @@ def paint_shell(on: Canvas, p: Points, d: np.ndarray, wall: np.ndarray, noise: d
     seam = np.min([np.abs(s) for s in sutures(p).values()], axis=0) + 0.8 * np.abs(rough)
     on.paint(np.minimum(0.9 - seam, np.minimum(np.minimum(outer, -d), z - 8)), "diploe", 350.0)
 
-# %% ../../nbs/11_phantom.skull.ipynb #66efb090
+# %% ../../nbs/11_phantom.skull.ipynb #3ddc2807
 def paint_petrous(on: Canvas, p: Points, d: np.ndarray, noise: dict[str, np.ndarray]) -> None:
     "Petrous bone with mastoid cells, ear canals, zygomatic arches and the jaw."
     x, y, z = p
@@ -153,8 +153,8 @@ def paint_petrous(on: Canvas, p: Points, d: np.ndarray, noise: dict[str, np.ndar
     on.paint(np.minimum(cells + 1.5 * noise["wave"], 0.5 + 2.2 * texture), "air", -850.0)
     on.paint(np.minimum(ellipsoid(q, (38, 22, -15), (4, 3, 3)), outside - 1.5), "air", -600.0)  # tympanic cavity
     on.paint(np.minimum(capsule(q, (43, 19, -20), 2.5, (84, 16, -22), 4), outside - 3), "air")
-    jaw = np.maximum(capsule(q, (66, -42, -24), 2.0, (66, 2, -22), 2.4), capsule(q, (50, 9, -27), 4.5, (49, -4, -62), 3.5))
-    on.paint(np.minimum(jaw, outside - 2), "table", 900.0)
+    arch, ramus = capsule(q, (66, -42, -24), 2.0, (66, 2, -22), 2.4), capsule(q, (50, 9, -27), 4.5, (49, -4, -62), 3.5)
+    on.paint(np.minimum(np.maximum(arch, ramus), outside - 2), "table", 900.0)
 
 
 def paint_sphenoid(on: Canvas, p: Points, d: np.ndarray, noise: dict[str, np.ndarray]) -> None:
@@ -202,14 +202,15 @@ def paint_orbits(on: Canvas, p: Points, d: np.ndarray, noise: dict[str, np.ndarr
     on.paint(globe - 1.3, "globe")
     on.paint(ellipsoid(q, (32, -70, -13), (4.5, 2.2, 4.5)), "globe", 75.0)
 
-# %% ../../nbs/11_phantom.skull.ipynb #084b76e7
+# %% ../../nbs/11_phantom.skull.ipynb #8f219e72
 def paint_outside(at: Frame, p: Points, d: np.ndarray, who: Patient, noise: dict[str, np.ndarray]) -> Canvas:
     "Everything outside the brain, on the whole lattice."
     on = blank(FINE)
     wall = wall_mm(p, who, noise)
     paint_shell(on, p, d, wall, noise)
     low = slice(0, int(np.searchsorted(at.w, -2)))
-    part, q, fields = Canvas(on.hu[low], on.tissue[low]), tuple(a[low] for a in p), {k: f[low] for k, f in noise.items()}
+    part, q = Canvas(on.hu[low], on.tissue[low]), tuple(a[low] for a in p)
+    fields = {k: f[low] for k, f in noise.items()}
     paint_petrous(part, q, d[low], fields)
     paint_sphenoid(part, q, d[low], fields)
     paint_orbits(part, q, d[low], fields)

@@ -12,12 +12,13 @@ __all__ = ['Shape', 'WALL_MM', 'NUDGES', 'CHECKED', 'SHAPES', 'SITES', 'ELSEWHER
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-# %% ../../nbs/11_phantom.trauma.ipynb #c046aa2d
+# %% ../../nbs/11_phantom.trauma.ipynb #ca5b92c2
 import numpy as np
 from scipy import ndimage
 
 from .brain import DURA_MM, Brain, callosum, posterior_fossa
-from .lattice import FINE, FINE_ML, FINE_MM, Points, Vec, distance, drawn_share, ellipsoid, quantile, stream
+from .lattice import FINE, FINE_ML, FINE_MM, Points, Vec, distance, drawn_share, ellipsoid, quantile
+from .lattice import stream
 from .skull import Canvas, sutures
 
 # %% ../../nbs/11_phantom.trauma.ipynb #c5972603
@@ -123,13 +124,13 @@ def steady(part: np.ndarray, inside: Inside, enough: float = 0.02, large_ml: flo
             break
     return np.where(part > 0, np.clip(part + np.float32(min(trials)[1]), 0, 1), 0).astype(np.float32)
 
-# %% ../../nbs/11_phantom.trauma.ipynb #18923249
+# %% ../../nbs/11_phantom.trauma.ipynb #9748de8a
 @dataclass(frozen=True)
 class Lesion:
     """What is asked for: type, millilitres, side (-1 right, 1 left), site (mm), HU of pure blood.
 
-    along: a subdural also lies on the "falx" or the "tentorium"; spots: further centres of a contusion (offset in sizes,
-    share of the size); stretch: proportions of a clot.
+    along: a subdural also lies on the "falx" or the "tentorium"; spots: further centres of a contusion (offset in
+    sizes, share of the size); stretch: proportions of a clot.
     """
 
     type: str
@@ -147,9 +148,9 @@ def outward(site: Vec) -> Vec:
     v = np.subtract(site, (0, 15, 18))
     return tuple(float(c) for c in v / np.linalg.norm(v))
 
-# %% ../../nbs/11_phantom.trauma.ipynb #469bc7f0
+# %% ../../nbs/11_phantom.trauma.ipynb #39924819
 def room(inside: Inside, lesion: Lesion) -> np.ndarray:
-    "Depth (mm) in the room a lesion can not leave: within bone; an epidural between sutures, a subdural beside the falx."
+    "Depth (mm) in the room a lesion can not leave: the skull; between sutures if epidural, beside the falx if subdural."
     depth = inside.d - WALL_MM
     if lesion.type == "epidural":
         here = sutures(lesion.site)
@@ -234,9 +235,9 @@ def lesion_depth(inside: Inside, lesion: Lesion) -> np.ndarray:
     within = room(inside, lesion)
     return np.minimum(fit_volume(np.minimum(smooth, within), lesion.ml), within)
 
-# %% ../../nbs/11_phantom.trauma.ipynb #3565ab72
+# %% ../../nbs/11_phantom.trauma.ipynb #251ab4f3
 def pushed(p: Points, lesions: Sequence[Lesion]) -> Points:
-    "Coordinates read from nearer the lesions (but for thin subarachnoid blood), so that the brain moves away from them."
+    "Coordinates read from nearer the lesions (but for subarachnoid blood), so that the brain moves away from them."
     q = list(p)
     for lesion in lesions:
         if lesion.type != "subarachnoid":
@@ -257,11 +258,11 @@ def margin(depth: np.ndarray, inside: Inside, most: float = 9.0) -> np.ndarray:
     full[box] = -np.minimum(ndimage.distance_transform_edt(~within[box], sampling=FINE_MM), most)
     return np.where(depth > 0, depth, full.ravel()[inside.ins])
 
-# %% ../../nbs/11_phantom.trauma.ipynb #7b1d8404
+# %% ../../nbs/11_phantom.trauma.ipynb #864c42da
 def add_blood(
     on: Canvas, found: dict[str, np.ndarray], name: str, part: np.ndarray, hu: float | np.ndarray, texture: np.ndarray
 ) -> None:
-    "Paint blood of voxel fraction `part`, a little uneven, and book it under `name` in `found`; it displaces what is there."
+    "Paint blood of voxel fraction `part`, a little uneven; book it under `name` in `found`; it displaces other blood."
     on.lay(part, "blood", hu + 1.5 * texture)
     for other in found:
         found[other] = found[other] * (1 - part)
@@ -282,7 +283,7 @@ def bleed_trauma(on: Canvas, inside: Inside, lesions: Sequence[Lesion], brain: B
         add_blood(on, found, lesion.type, part, lesion.hu + uneven, inside.fields["texture"])
     return found
 
-# %% ../../nbs/11_phantom.trauma.ipynb #b7a6d28f
+# %% ../../nbs/11_phantom.trauma.ipynb #2e0e5c8a
 SITES = {  # place: low and high corner of where a lesion may start (left side, mm)
     "epidural": ((60, -18, 5), (62, 45, 45)), "frontal": ((42, -56, 14), (48, -44, 40)),
     "subdural": ((58, -15, 15), (62, 35, 40)), "contusion": ((15, -50, 6), (34, -42, 16)),
@@ -297,6 +298,7 @@ def draw_lesion(g: np.random.Generator, name: str, ml: float) -> Lesion:
     other, often = ELSEWHERE.get(name, (name, 0.0))
     place = other if g.random() < often else name
     side, corner = int(g.choice((-1, 1))), SITES[place]
+    ml = min(ml, 60.0) if place == "frontal" else ml  # before the coronal suture is no room for more
     site = [float(c) for c in g.uniform(*corner)]
     hu = float(SHAPES[name][3] + g.normal(0, 2.0))
     lesion = Lesion(name, float(min(ml, SHAPES[name][2])), side, (side * site[0], site[1], site[2]), hu)
