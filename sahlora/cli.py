@@ -292,7 +292,7 @@ def finetune(
     table = cross_validate(base, target, strategy, plan, out, quiet=quiet)
     typer.echo(f"{out / 'patients.csv'}: {len(table)} patients, soft Dice {table.dice_soft.mean():.3f} on average")
 
-# %% ../nbs/80_cli.ipynb #0276803b
+# %% ../nbs/80_cli.ipynb #26595459
 def _read_options(series: str | None, window: str | None, spacing: str | None, orientation: str | None,
                   fill_nan: bool, allow_gaps: bool) -> dict[str, object]:
     "Options of the command as `read_ct` takes them."
@@ -307,7 +307,7 @@ def _show_cases(run: "CaseRun") -> None:
             typer.echo(f"{row.case}: failed: {row.error}")
             continue
         typer.echo(f"{row.case}: {row.hard_ml:.1f} mL of blood (soft {row.soft_ml:.1f} mL), {row.slices_with_blood} of "
-                   f"{row.slices} slices")
+                   f"{row.slices} slices; voxels of {row.spacing} mm, tilt {row.tilt} degrees")
         for note in str(row.warnings).split("; "):
             if note and note != "nan":
                 typer.echo(f"    {note}")

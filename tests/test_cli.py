@@ -15,7 +15,7 @@ from sahlora.cohort import make_phantom_cohort
 from sahlora.training import save_network
 from sahlora.unet import build_network
 
-COMMANDS = [[], ["predict"], ["cohort"], ["cohort", "make"], ["cohort", "import"], ["cohort", "check"], ["cohort", "show"],
+COMMANDS = [[], ["pretrain"], ["finetune"], ["predict"], ["cohort"], ["cohort", "make"], ["cohort", "import"], ["cohort", "check"], ["cohort", "show"],
             ["cohort", "folds"], ["cohort", "layouts"], ["report"], ["report", "html"], ["report", "pdf"]]
 
 
@@ -157,3 +157,21 @@ def test_cohort_import(things, run, tmp_path):
     assert some.exit_code == 1 and first.name in some.output and len(pd.read_csv(tmp_path / "some/cohort.csv")) == 2
     none = run("cohort", "import", "--layout", "bsd", "--source", source, "--out", tmp_path / "none")
     assert none.exit_code == 2 and "bhsd" in none.stderr and not (tmp_path / "none").exists()
+
+
+def test_pretrain_and_finetune(things, run, tmp_path):
+    source = make_phantom_cohort(tmp_path / "source", "tbi", cases=3, seed=6, grid=(32, 40), slices=12)
+    done = run("pretrain", "--cohort", source.folder, "--out", tmp_path / "base", "--steps", 3, "--batch-size", 2, "--quiet")
+    assert done.exit_code == 0 and "3 steps" in done.output
+    base = tmp_path / "base/model.safetensors"
+    tuned = run("finetune", "--base", base, "--cohort", things[1].folder, "--out", tmp_path / "run", "--steps", 2,
+                "--batch-size", 2, "--quiet")
+    assert tuned.exit_code == 0 and "3 patients" in tuned.output, tuned.output
+    scan = things[1].folder / things[1].table.image[0]
+    masks = run("predict", scan, "--model", base, "--adapter", tmp_path / "run/adapter-fold0.safetensors", "--out",
+                tmp_path / "masks", "--quiet")
+    assert masks.exit_code == 0 and "mL of blood" in masks.output
+    leak = run("finetune", "--base", base, "--cohort", source.folder, "--out", tmp_path / "leak", "--quiet")
+    assert leak.exit_code == 2 and "in both" in leak.stderr
+    wrong = run("finetune", "--base", base, "--cohort", things[1].folder, "--out", tmp_path / "x", "--method", "cplora")
+    assert wrong.exit_code == 2 and "cp-lora" in wrong.stderr

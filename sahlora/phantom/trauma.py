@@ -148,9 +148,9 @@ def outward(site: Vec) -> Vec:
     v = np.subtract(site, (0, 15, 18))
     return tuple(float(c) for c in v / np.linalg.norm(v))
 
-# %% ../../nbs/11_phantom.trauma.ipynb #39924819
+# %% ../../nbs/11_phantom.trauma.ipynb #4c0f208a
 def room(inside: Inside, lesion: Lesion) -> np.ndarray:
-    "Depth (mm) in the room a lesion can not leave: the skull; between sutures if epidural, beside the falx if subdural."
+    "Depth (mm) in the room a lesion can not leave: the skull; its sutures if epidural, the falx if subdural."
     depth = inside.d - WALL_MM
     if lesion.type == "epidural":
         here = sutures(lesion.site)
