@@ -7,7 +7,7 @@ __all__ = ['COLUMNS', 'BINS', 'Case', 'voxel_hash', 'compact', 'write_cohort', '
            'Cohort', 'make_phantom_cohort', 'volume_bin', 'describe_cohort', 'scan_size', 'cohort_table',
            'richest_slice', 'cohort_pictures']
 
-# %% ../nbs/12_cohort.ipynb #0a538d8d
+# %% ../nbs/12_cohort.ipynb #c71f8df0
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
@@ -22,8 +22,8 @@ import pandas as pd
 
 from .ct import HeadCT, read_nifti, write_nifti
 from .ct.nifti import Nifti
-from .files import file_hash, write_csv
-from .phantom import make_case
+from .files import file_hash, read_json, write_csv, write_json
+from .phantom import case_key, make_case
 
 # %% ../nbs/12_cohort.ipynb #e267120a
 COLUMNS = ("case", "patient", "site", "image", "label", "intensity", "spacing", "blood_ml", "sha256", "voxels")
@@ -223,7 +223,7 @@ class Cohort(_Listed):
         for row in self.table.itertuples():
             yield row.patient, *_load_pair(self.folder, row.image, row.label, row.intensity)
 
-# %% ../nbs/12_cohort.ipynb #e4ae1bbc
+# %% ../nbs/12_cohort.ipynb #c985e301
 def _phantom_case(kind: str, seed: int, index: int, grid: tuple[int, int], slices: int) -> Case:
     phantom = make_case(kind, seed, index, grid=grid, slices=slices)
     hu = np.round(phantom.hu).astype(np.int16)
@@ -231,15 +231,23 @@ def _phantom_case(kind: str, seed: int, index: int, grid: tuple[int, int], slice
 
 
 def _write_phantom(folder: Path, kind: str, seed: int, index: int, grid: tuple[int, int], slices: int) -> dict:
-    return _write_case(folder, _phantom_case(kind, seed, index, grid, slices))
+    "The row of a case, made now, or made before: then its key and both files are what they were."
+    key, done = case_key(kind, seed, index, grid, slices), folder / "made" / f"{index:04d}.json"
+    if done.is_file() and (made := read_json(done))["key"] == key:
+        files = [folder / made["row"][name] for name in ("image", "label")]
+        if all(file.is_file() for file in files) and [file_hash(file) for file in files] == made["files"]:
+            return made["row"]
+    row = _write_case(folder, _phantom_case(kind, seed, index, grid, slices))
+    write_json(done, {"key": key, "row": row, "files": [file_hash(folder / row[name]) for name in ("image", "label")]})
+    return row
 
-
+# %% ../nbs/12_cohort.ipynb #69206ee2
 def make_phantom_cohort(folder: str | Path, kind: str, cases: int, seed: int, grid: tuple[int, int] = (64, 80),
                         slices: int = 28, workers: int = 1) -> Cohort:
     """Write `cases` procedural head CTs of `kind` ("tbi" or "asah") as a cohort; synthetic, no clinical claim.
 
     `grid`: pixels across and front to back of a 160 x 200 mm field; `slices` of 5 mm. Patients are named by kind,
-    number and seed. Raises: ValueError for an unknown kind or an odd grid.
+    number and seed. Cases that stand there already, made by the same code, are kept. Raises: ValueError for an unknown kind or an odd grid.
     """
     folder, jobs = Path(folder), [(kind, seed, index, grid, slices) for index in range(cases)]
     if workers == 1:

@@ -30,8 +30,8 @@ def choose_device(name: str = "auto") -> torch.device:
         raise ValueError(f"device {name} is not there; torch finds {found} (--device auto takes the best)")
     return torch.device(name)
 
-# %% ../nbs/02_hardware.ipynb #7d1cce36
-PRECISIONS = ("auto", "fp32", "bf16")
+# %% ../nbs/02_hardware.ipynb #d2fba49b
+PRECISIONS = ("auto", "bf16", "fp32")
 
 
 def choose_precision(device: torch.device, name: str = "auto") -> str:

@@ -114,7 +114,7 @@ def _form_of_folds(value: Any) -> str:
 FoldsSpec = Annotated[Annotated[int, Field(ge=2), Tag("number")] | Annotated[FixedFold, Tag("split")]
                       | Annotated[DrawnFolds, Tag("drawn")], Discriminator(_form_of_folds)]
 
-# %% ../nbs/42_study.ipynb #e8c295fe
+# %% ../nbs/42_study.ipynb #5f4d8be7
 class Study(Section):
     "A whole study; `folds` is a number (KFold over patients), one fixed split, or how to draw them."
 
@@ -123,7 +123,7 @@ class Study(Section):
     note: str
     synthetic: bool
     threads: PositiveInt = 1
-    precision: Literal["fp32"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     source: CohortSpec
     target: CohortSpec
     network: dict[str, Any] = {"name": "multi-view-unet", "levels": 2}
@@ -319,7 +319,7 @@ def make_folds(spec: "int | FixedFold | DrawnFolds", cohort: "Cohort", path: str
     drawn = DrawnFolds(count=spec) if isinstance(spec, int) else spec
     return folds_for(cohort, path, drawn.method, drawn.count, drawn.seed)
 
-# %% ../nbs/42_study.ipynb #b4c1fc3e
+# %% ../nbs/42_study.ipynb #8e73518b
 def base_at_hand(base: str, cohort: str) -> tuple[Path, Path]:
     """Paths of base weights and target cohort; where none is named, the smoke study's, made now if need be.
 
@@ -344,5 +344,5 @@ def base_at_hand(base: str, cohort: str) -> tuple[Path, Path]:
     print("No base weights were named and none are at hand: making the smoke study's cohorts and base first.")
     make_cohort(study.target, target)
     source = make_cohort(study.source, folder / "cohorts/source")
-    pretrain(source, weights.parent, study.network, study.pretrain.model_dump())
+    pretrain(source, weights.parent, study.network, {**study.pretrain.model_dump(), "precision": study.precision})
     return weights, target

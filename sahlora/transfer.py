@@ -31,7 +31,7 @@ from .hardware import run_facts
 from .slices import SliceStore, open_store
 from .training import Training, load_network, predict_volume, train, weights_hash
 
-# %% ../nbs/41_transfer.ipynb #14330fda
+# %% ../nbs/41_transfer.ipynb #c2de50a0
 STRATEGIES = ("none", "fine-tuning", *METHODS)
 
 
@@ -47,6 +47,7 @@ class Strategy:
     batch_size: int = 8
     learning_rate: float = 1e-3
     seed: int = 0
+    precision: str = "auto"
 
     def __post_init__(self):
         if self.method not in STRATEGIES:
@@ -94,7 +95,7 @@ def score_cohort(net: nn.Module, cohort: Cohort) -> tuple[pd.DataFrame, dict[str
         examples[patient] = (torch.stack([plane.T for plane in planes]) * 255).round().to(torch.uint8)
     return pd.DataFrame(rows), examples
 
-# %% ../nbs/41_transfer.ipynb #202f6ac0
+# %% ../nbs/41_transfer.ipynb #5d8ec542
 def _trained_names(net: nn.Module, strategy: Strategy) -> set[str]:
     "Names of state tensors that `strategy` may change: trained parameters, and batch-norm statistics beside them."
     names = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
@@ -114,7 +115,7 @@ def _fit(base: str | Path, store: SliceStore, patients: Sequence[str], strategy:
         return net, pd.DataFrame({"step": [], "epoch": [], "loss": [], "dice": [], "learning_rate": []})
     may_change = _trained_names(net, strategy)
     before = {name: value.clone() for name, value in net.state_dict().items() if name not in may_change}
-    how = Training(strategy.steps, strategy.batch_size, strategy.learning_rate, seed)
+    how = Training(strategy.steps, strategy.batch_size, strategy.learning_rate, seed, precision=strategy.precision)
     history = train(net, store, store.rows(patients), how, checkpoint=checkpoint, quiet=quiet, label=strategy.name)
     if moved := [name for name, value in before.items() if not torch.equal(value, net.state_dict()[name])]:
         raise AssertionError(f"{moved[0]} was to stay frozen but changed")

@@ -6,9 +6,10 @@
 __all__ = ['CAUTION', 'CaseRun', 'DEVICES', 'InputSpec', 'PRECISIONS', 'Prediction', 'find_cases', 'load_model', 'overlay_sheet',
            'predict_cases', 'predict_scan']
 
-# %% ../../nbs/60_prediction.ipynb #ab674fa1
+# %% ../../nbs/60_prediction.ipynb #759cca22
 from .cases import CaseRun, find_cases, load_model, predict_cases
-from .scan import DEVICES, PRECISIONS, InputSpec, Prediction, predict_scan
+from ..hardware import DEVICES, PRECISIONS
+from .scan import InputSpec, Prediction, predict_scan
 from .sheet import CAUTION, overlay_sheet
 
 # %% ../../nbs/60_prediction.ipynb #fc0ef1a5

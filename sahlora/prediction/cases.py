@@ -6,7 +6,7 @@
 __all__ = ['NIFTI', 'DICOM', 'LOOKED_FOR', 'CASE_COLUMNS', 'load_model', 'find_cases', 'case_row', 'failed_row', 'whole_folder',
            'remove_leftovers', 'CaseOptions', 'input_hash', 'is_dicom_scan', 'CaseRun', 'predict_cases']
 
-# %% ../../nbs/60_prediction.cases.ipynb #d859b6c4
+# %% ../../nbs/60_prediction.cases.ipynb #95af039b
 import errno
 import inspect
 import json
@@ -32,9 +32,10 @@ from ..ct.core import stack_spacing
 from ..ct.nifti import StoredNifti
 from ..figures import save_figure
 from ..files import file_hash, load_tensors, object_hash, plain_words, read_json, write_csv, write_json
-from .scan import InputSpec, Prediction, check_numbers, choose_device, choose_precision, predict_scan
+from ..hardware import choose_device, choose_precision, run_facts
+from .scan import InputSpec, Prediction, check_numbers, predict_scan
 from .sheet import CAUTION
-from ..training import load_network, run_facts
+from ..training import load_network
 
 # %% ../../nbs/60_prediction.cases.ipynb #3f09c31b
 def load_model(path: str | Path, adapter: str | Path | None = None) -> tuple[nn.Module, dict[str, object]]:
