@@ -31,10 +31,10 @@ from .hardware import run_facts
 from .slices import SliceStore, open_store
 from .training import Training, load_network, predict_volume, train, weights_hash
 
-# %% ../nbs/41_transfer.ipynb #c2de50a0
+# %% ../nbs/41_transfer.ipynb #ea743dd7
 STRATEGIES = ("none", "fine-tuning", *METHODS)
 
-
+# %% ../nbs/41_transfer.ipynb #5a0f9629
 @dataclass(frozen=True)
 class Strategy:
     "How to adapt: a method of STRATEGIES, a region of the network, rank and alpha (adapters only), and the training."
