@@ -292,7 +292,7 @@ def finetune(
     table = cross_validate(base, target, strategy, plan, out, quiet=quiet)
     typer.echo(f"{out / 'patients.csv'}: {len(table)} patients, soft Dice {table.dice_soft.mean():.3f} on average")
 
-# %% ../nbs/80_cli.ipynb #26595459
+# %% ../nbs/80_cli.ipynb #a199b508
 def _read_options(series: str | None, window: str | None, spacing: str | None, orientation: str | None,
                   fill_nan: bool, allow_gaps: bool) -> dict[str, object]:
     "Options of the command as `read_ct` takes them."
@@ -302,15 +302,16 @@ def _read_options(series: str | None, window: str | None, spacing: str | None, o
 
 def _show_cases(run: "CaseRun") -> None:
     "One line per case, warnings and errors below it, then the counts."
+    import pandas as pd
+
     for row in run.table.itertuples():
         if row.status == "failed":
             typer.echo(f"{row.case}: failed: {row.error}")
             continue
         typer.echo(f"{row.case}: {row.hard_ml:.1f} mL of blood (soft {row.soft_ml:.1f} mL), {row.slices_with_blood} of "
                    f"{row.slices} slices; voxels of {row.spacing} mm, tilt {row.tilt} degrees")
-        for note in str(row.warnings).split("; "):
-            if note and note != "nan":
-                typer.echo(f"    {note}")
+        if row.warnings and not pd.isna(row.warnings):
+            typer.echo(f"    {row.warnings}")
     typer.echo(f"{run.done} done, {run.skipped} skipped, {run.failed} failed: {run.out / 'cases.csv'}. Not for clinical use.")
 
 # %% ../nbs/80_cli.ipynb #3b8f27f6
