@@ -34,6 +34,7 @@ from sahlora.adapters import (
     merged_copy,
     remove,
     save_adapter,
+    to_peft,
     unmerge,
 )
 
@@ -1877,3 +1878,49 @@ def test_data_parallel_is_refused_in_words():
     with pytest.raises(RuntimeError, match="DistributedDataParallel"):
         for module in net.modules():
             module._replicate_for_data_parallel()
+
+
+# --- biases beside the factors ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["cp-lora", "convdora"])
+def test_biases_are_trained_merged_saved_and_taken_off(method, tmp_path):
+    "bias=True: the adapter owns copies; the base keeps its own to the last bit."
+    def network():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(4, 3, 2, stride=2),
+                             nn.Conv2d(3, 1, 1, bias=False)).double()
+
+    net, base, x = network(), network(), torch.randn(2, 2, 8, 8, dtype=torch.float64)
+    plain = adapt(network(), method, rank=2)
+    made = adapt(net, method, rank=2, bias=True)
+    assert made.parameters == plain.parameters + 4 + 3, "one more per channel of the two convolutions that have a bias"
+    assert torch.equal(net(x), base(x))
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        optimizer.step()
+    assert not torch.equal(net[0].adapter.bias, base[0].bias) and torch.equal(net[0].bias, net[0].adapter.bias)
+    assert torch.equal(net[0]._parameters["bias"], base[0].bias)
+    by_hand = torch.nn.functional.conv2d(x, effective_weight(net[0]), net[0].adapter.bias, padding=1)
+    assert torch.equal(net[0](x), by_hand)
+    out = net(x).detach()
+    with disabled(net):
+        assert torch.equal(net(x), base(x))
+    assert torch.equal(merged_copy(net)(x), out)
+    merge(net)
+    assert torch.equal(net(x), out)
+    unmerge(net)
+    assert torch.equal(net(x), out)
+    save_adapter(net, tmp_path / "a.safetensors")
+    load_adapter(again := network(), tmp_path / "a.safetensors")
+    assert torch.equal(again(x), out)
+    remove(net)
+    assert torch.equal(net(x), base(x)) and net.state_dict().keys() == base.state_dict().keys()
+
+
+def test_peft_has_no_place_for_biases(tmp_path):
+    adapt(net := nn.Sequential(nn.Conv2d(2, 4, 3)), "convlora", rank=2, bias=True)
+    with pytest.raises(ValueError, match="trains biases"):
+        to_peft(net, tmp_path / "peft")

@@ -594,3 +594,16 @@ def test_drawing_refuses_others():
 def test_import_is_light():
     code = "import sys, sahlora.unet; sys.exit(int('matplotlib' in sys.modules or 'monai' in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("make", [MultiViewUnet, Unet])
+def test_the_papers_intensity_multiplies_the_input(make):
+    torch.manual_seed(0)
+    kind = {"levels": 1} if make is MultiViewUnet else {"levels": 1, "width": 4}
+    plain, paper = make(**kind).eval(), make(**kind, intensity="0..255").eval()
+    paper.load_state_dict(plain.state_dict())
+    x = torch.rand(1, 1, 8, 8)
+    assert torch.equal(paper(x), plain(255 * x)) and not torch.equal(paper(x), plain(x))
+    assert build_network(paper.config).config["intensity"] == "0..255" and "intensity" not in plain.config
+    with pytest.raises(ValueError, match="0..1, 0..255"):
+        make(intensity="8 bit")

@@ -58,7 +58,7 @@ def _settings(config: Config, layers: Mapping[str, Adapter], dora: bool) -> dict
         "use_dora": dora, "lora_dropout": 0.0, "target_modules": "|".join(f"^{re.escape(n)}$" for n in layers),
     }  # fmt: skip
 
-# %% ../../nbs/38_adapters.convert.ipynb #b247042b
+# %% ../../nbs/38_adapters.convert.ipynb #a4ccf020
 def to_peft(net: nn.Module, folder: str | Path, name: str | None = None) -> Path:
     """Write an adapter (default: the active one) as a PEFT LoRA folder; returns the folder.
 
@@ -70,6 +70,8 @@ def to_peft(net: nn.Module, folder: str | Path, name: str | None = None) -> Path
     refuse_merged(net, "converting an adapter")
     parts = parts_of(net, name)
     config = shared_config(parts)
+    if config.bias:
+        raise ValueError("the adapter trains biases, for which PEFT's LoRA of a convolution has no place here")
     if extra := [n for n, (_, part) in parts.items() if isinstance(part, Extras)]:
         raise ValueError(f"the adapter also holds tensors of {extra[0]!r}, for which PEFT's format has no place here")
     tensors = {}

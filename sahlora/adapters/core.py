@@ -112,7 +112,7 @@ def register(part: Delta | Wrapper) -> None:
     for wrapper in _WRAPPERS.values():
         METHODS.update({wrapped_name(name, wrapper.name): Method(delta, wrapper) for name, delta in _DELTAS.items()})
 
-# %% ../../nbs/30_adapters.core.ipynb #dd0e7041
+# %% ../../nbs/30_adapters.core.ipynb #7ee3bb02
 @dataclass(frozen=True)
 class Config:
     "What one adapter was asked to be: shared by its layers and written into its file."
@@ -124,6 +124,7 @@ class Config:
     dropout: float = 0.0
     batchnorm: str = "frozen"
     execution: str = "weight"
+    bias: bool = False
     where: str = "every convolution"
     options: dict[str, object] = field(default_factory=dict)
 
@@ -142,11 +143,12 @@ class Config:
         "Plain values, as a file's header holds them; `Config(**values)` is the way back."
         return asdict(self)
 
-# %% ../../nbs/30_adapters.core.ipynb #9643d957
+# %% ../../nbs/30_adapters.core.ipynb #0fc83a33
 _CHOICES = {
     "scaling": ("lora", "rslora"),
     "batchnorm": ("frozen", "adapt", "train"),
     "execution": ("weight", "chain", "auto"),
+    "bias": (False, True),
 }
 
 
@@ -183,7 +185,7 @@ class Part(nn.Module):
     def _replicate_for_data_parallel(self) -> "Part":
         raise RuntimeError("nn.DataParallel can not copy adapters: use DistributedDataParallel, or merged_copy(net)")
 
-# %% ../../nbs/30_adapters.core.ipynb #678274e2
+# %% ../../nbs/30_adapters.core.ipynb #d3698caa
 class Adapter(Part):
     "Factors of one adapted convolution; their names and shapes are the formula's."
 
@@ -201,6 +203,8 @@ class Adapter(Part):
             self.register_parameter(key, nn.Parameter(torch.empty(shape, dtype=W.dtype, device=W.device)))
         for key, value in (self.wrapper.start(self.swap(W)) if self.wrapper else {}).items():
             self.register_parameter(key, nn.Parameter(value.clone()))
+        if config.bias and conv._parameters["bias"] is not None:  # the adapter's own copy, trained beside the factors
+            self.register_parameter("bias", nn.Parameter(conv._parameters["bias"].detach().clone()))
 
     def shapes(self) -> dict[str, Shape]:
         "Shapes of the delta's factors."
@@ -287,7 +291,7 @@ def adapted_weight(adapter: Adapter, W: Tensor, dropout: bool = False) -> Tensor
         return V
     return adapter.swap(adapter.wrapper.weight(adapter.swap(V), adapter._parameters, **adapter.wrapping))
 
-# %% ../../nbs/30_adapters.core.ipynb #baf88019
+# %% ../../nbs/30_adapters.core.ipynb #c9374929
 @dataclass
 class Record:
     "What a touched module remembers: flags before, parts by adapter, the active one, its base tensors while merged."
@@ -310,7 +314,7 @@ class Adapted:
     def __getattr__(self, name: str) -> object:
         "An adapter's own copy of a tensor, where it has one, hides the base's."
         part = self.__dict__["_modules"].get("adapter")
-        if isinstance(part, Part) and not isinstance(part, Adapter) and self._sahlora.base is None:
+        if isinstance(part, Part) and self._sahlora.base is None and (name == "bias" or not isinstance(part, Adapter)):
             for own in (part._parameters, part._buffers):
                 if name in own:
                     return own[name]

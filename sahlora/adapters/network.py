@@ -236,12 +236,14 @@ def deactivate(net: nn.Module) -> None:
     for module, record in touched(net):
         _switch(module, record, None)
 
-# %% ../../nbs/36_adapters.network.ipynb #2aa43e83
+# %% ../../nbs/36_adapters.network.ipynb #38ecaf64
 def _final(module: nn.Module, part: Part, copies: dict[int, nn.Parameter]) -> dict[str, Tensor]:
     "Tensors that a module holds once its part is merged in; without dropout."
     if isinstance(part, Adapter):
-        W = adapted_weight(part, module._parameters["weight"])
-        return {"weight": nn.Parameter(W.detach().clone(), requires_grad=False)}
+        final = {"weight": adapted_weight(part, module._parameters["weight"])}
+        if "bias" in part._parameters:
+            final["bias"] = part._parameters["bias"]
+        return {key: nn.Parameter(value.detach().clone(), requires_grad=False) for key, value in final.items()}
     final: dict[str, Tensor] = {key: b.clone() for key, b in part._buffers.items()}
     for key, p in part._parameters.items():
         final[key] = copies.setdefault(id(p), nn.Parameter(p.detach().clone(), requires_grad=False))
@@ -360,21 +362,22 @@ def install(net: nn.Module, name: str, parts: Mapping[str, Part]) -> None:
                 p.grad = None  # or an optimizer would go on moving it
     activate(net, name)
 
-# %% ../../nbs/36_adapters.network.ipynb #d5b51f1f
+# %% ../../nbs/36_adapters.network.ipynb #ff7dc988
 def adapt(
     net: nn.Module, method: str, rank: int | Mapping[str, int] = 8, alpha: float | None = None, where: Where = None,
     *, name: str = "default", scaling: str = "lora", dropout: float = 0.0, batchnorm: str = "frozen",
-    execution: str = "weight", modules_to_train: str | Sequence[str] = (), **options: object,
+    execution: str = "weight", bias: bool = False, modules_to_train: str | Sequence[str] = (), **options: object,
 ) -> "Summary":  # fmt: skip
     """Put an adapter on convolutions of `net`, in place, freeze the rest, and switch it on; returns a summary.
 
     `where`: a region, module names, globs, a predicate, or None for every convolution. `alpha` defaults to the rank;
     `rank` may map patterns to ranks. `scaling`: "lora" or "rslora". `dropout` drops components of the update.
-    `batchnorm`: "frozen", "adapt" or "train". `execution`: "weight", "chain" or "auto". `modules_to_train`: trained in
-    full beside the adapter. `options` are the method's own, see `METHODS[method].choices`.
+    `batchnorm`: "frozen", "adapt" or "train". `execution`: "weight", "chain" or "auto". `bias`: biases of the adapted
+    convolutions are trained too. `modules_to_train`: trained in full beside the adapter. `options` are the method's own,
+    see `METHODS[method].choices`.
     Raises: ValueError, TypeError, RuntimeError that say what to change; `net` is untouched then.
     """
-    config = Config(name, method, alpha, scaling, dropout, batchnorm, execution, describe(where), options)
+    config = Config(name, method, alpha, scaling, dropout, batchnorm, execution, bias, describe(where), options)
     if name in adapters(net):
         raise ValueError(f"there is an adapter named {name!r} already; choose another name= or remove(net, {name!r})")
     refuse_merged(net, "adding an adapter")
@@ -473,7 +476,7 @@ def markdown_table(cells: list[list[str]], left: int = 4) -> str:
     rule = ["---"] * left + ["---:"] * (len(cells[0]) - left)
     return "\n".join(f"| {' | '.join(row)} |" for row in [cells[0], rule, *cells[1:]])
 
-# %% ../../nbs/36_adapters.network.ipynb #b2b16dc6
+# %% ../../nbs/36_adapters.network.ipynb #745616a5
 def _row(name: str, module: nn.Module, part: Part, seen: set[int]) -> Row:
     own, new = _sizes(module), {i: n for i, n in _sizes(part).items() if i not in seen}
     seen.update(new)
@@ -486,6 +489,7 @@ def _row(name: str, module: nn.Module, part: Part, seen: set[int]) -> Row:
         return Row(name or "(the network)", kind, shape, None, count, share, ", ".join(notes))
     full = part.delta.full_rank(part.view, **part.options)
     notes = [f"past full rank ({full})"] * (part.rank > full) + ["factor chain"] * part.chained
+    notes += ["bias"] * ("bias" in part._parameters)
     return Row(name or "(the network)", kind, shape, part.rank, count, share, ", ".join(notes))
 
 
