@@ -8,10 +8,6 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS ?= ignore::DeprecationWarning
 # Two one-thread processes do more than one with two threads, and the last bits depend on the count.
 export OMP_NUM_THREADS ?= 1
-# glibc gives large blocks back to the system and asks for them again at every step; keeping them trains faster.
-export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
-export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
-export MALLOC_TOP_PAD_ ?= 67108864
 
 .PHONY: help setup check test test-notebooks test-notebooks-slow test-slow paper lab export readme pins clean
 
@@ -25,7 +21,7 @@ $(READY): settings.ini constraints.txt setup.py pyproject.toml
 	  + sys.version.split()[0] + ": make PYTHON=python3.11 setup")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,dicom,oracles]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,dicom,tensorboard,oracles]'
 	$(BIN)/python -m pip check
 	@touch $@
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import setup
 
 # dicom: masks as DICOM SEG and compressed DICOM; oracles: independent adapter libraries that the tests compare with
-EXTRAS = {"dev": "dev", "dicom": "dicom", "oracles": "oracle"}
+EXTRAS = {"dev": "dev", "dicom": "dicom", "tensorboard": "tensorboard", "oracles": "oracle"}
 here = Path(__file__).parent
 config = ConfigParser(interpolation=None)
 config.read(here / "settings.ini", encoding="utf-8")

@@ -78,7 +78,7 @@ def differences(was: Mapping[str, object], now: Mapping[str, object]) -> list[st
     lines = [f"{key} was {one.get(key)!r}, is {other.get(key)!r}" for key in changed]
     return lines[:10] + [f"and {len(lines) - 10} more"] * (len(lines) > 10)
 
-# %% ../nbs/40_checkpoint.ipynb #e7bd5ef7
+# %% ../nbs/40_checkpoint.ipynb #c4877011
 @dataclass(frozen=True)
 class Checkpoint:
     """Where a run is saved: `path`, and `previous` beside it. `facts`: what must be the same to go on (JSON)."""
@@ -105,7 +105,8 @@ class Checkpoint:
 
     def remove(self) -> None:
         "Forget the run; it is done."
-        for path in (self.path, self.previous):
+        left = self.path.parent.glob(f".*.{self.path.stem}.new{self.path.suffix}")  # of a program that was killed while it saved
+        for path in (self.path, self.previous, *left):
             path.unlink(missing_ok=True)
 
 # %% ../nbs/40_checkpoint.ipynb #f97a9270

@@ -6,15 +6,19 @@
 __all__ = ['app', 'report', 'cohort', 'main', 'report_html', 'report_pdf', 'cohort_make', 'cohort_import', 'cohort_layouts',
            'cohort_check', 'cohort_show', 'cohort_folds', 'pretrain', 'finetune', 'predict']
 
-# %% ../nbs/80_cli.ipynb #beac0ae6
+# %% ../nbs/80_cli.ipynb #a087a95c
+import contextlib
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from .files import plain_words
+
+if TYPE_CHECKING:
+    from sahlora.strategies import Strategy
 
 # %% ../nbs/80_cli.ipynb #f6017aa0
 def _message(error: Exception) -> tuple[str, int]:
@@ -100,18 +104,18 @@ def report_pdf(results: Annotated[Path, typer.Argument(help="results.json, with 
 
     render_pdf(results, out)
 
-# %% ../nbs/80_cli.ipynb #7ebf52fe
-def _numbers(text: str | None, option: str, count: int) -> tuple[float, ...] | None:
-    "Numbers typed with commas. Raises: ValueError that shows how."
+# %% ../nbs/80_cli.ipynb #d7ce3ebf
+def _numbers(text: str | None, option: str, count: int = 0) -> tuple[float, ...] | None:
+    "Numbers typed with commas; `count` 0: one or more. Raises: ValueError that shows how."
     if text is None:
         return None
     try:
         numbers = tuple(float(word) for word in text.split(","))
     except ValueError:
         numbers = ()
-    if len(numbers) != count:
-        example = {2: "0,80", 3: "0.5,0.5,5"}[count]
-        raise ValueError(f"{option} {text!r}: {count} numbers with commas are needed, such as {option} {example}")
+    if len(numbers) != count if count else not numbers:
+        example = {0: "1e-3,1e-2", 2: "0,80", 3: "0.5,0.5,5"}[count]
+        raise ValueError(f"{option} {text!r}: {count or 'one or more'} numbers with commas are needed, such as {option} {example}")
     return numbers
 
 
@@ -237,59 +241,100 @@ def cohort_folds(
     shown, path = Cohort.read(folder), out or folder / "folds.json"
     typer.echo(f"{folds_table(shown, folds_for(shown, path, method, folds, seed)).to_string()}\n{path}")
 
-# %% ../nbs/80_cli.ipynb #04234cea
+# %% ../nbs/80_cli.ipynb #6dad70a6
 _Steps = Annotated[int, typer.Option(help="Training steps.")]
 _Batch = Annotated[int, typer.Option(help="Slices in a batch; half of them with blood.")]
 _Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 _Out = Annotated[Path, typer.Option(help="Folder to write.")]
 _Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+_Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16.")]
+_Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+_Workers = Annotated[int, typer.Option(help="Threads that read ahead; they change no result.")]
+_Threads = Annotated[int | None, typer.Option(help="CPU threads; all by default. The last bits of a result depend on it.")]
+_Board = Annotated[Path | None, typer.Option(help="Folder for TensorBoard's log (pip install 'sahlora[tensorboard]').")]
+_Option = Annotated[list[str] | None, typer.Option(help="More about the training, once or several times: schedule=cosine, warmup=20, "
+                    "loss=dice+ce, optimizer=adamw, weight_decay=0.01, clip=1, average=0.99, patience=5, compile=true.")]
 
 
+def _training_options(given: list[str] | None, device: str, workers: int) -> dict[str, object]:
+    "Options of a Training from name=value. Raises: ValueError for what is not of that form."
+    import yaml
+
+    values: dict[str, object] = {"device": device, "workers": workers}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--option {text}: write it as name=value, such as schedule=cosine")
+        number = yaml.safe_load(value)
+        with contextlib.suppress(ValueError):  # YAML takes 1e-3 for text
+            number = float(number) if isinstance(number, str) else number
+        values[name] = number
+    return values
+
+# %% ../nbs/80_cli.ipynb #5c1ff5a1
 @app.command("pretrain")
 def pretrain(
     cohort: Annotated[Path, typer.Option(help="Source cohort: a folder with cohort.csv.")], out: _Out,
     steps: _Steps = 800, batch_size: _Batch = 8, seed: _Seed = 0, quiet: _Quiet = False,
     learning_rate: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
     network: Annotated[str, typer.Option(help="multi-view-unet or unet.")] = "multi-view-unet",
-    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    workers: Annotated[int, typer.Option(help="Threads that read ahead; they change no result.")] = 0,
+    precision: _Precision = "auto", device: _Device = "auto", threads: _Threads = None, workers: _Workers = 0,
+    option: _Option = None, tensorboard: _Board = None,
 ) -> None:
-    """Train a fresh network on a source cohort: model.safetensors, history.csv, run.json.
+    """Train a fresh network on a source cohort: model.safetensors, history.csv, epochs.csv, run.json.
 
     Example: sahlora pretrain --cohort cohorts/source --out runs/base
     """
     from sahlora.cohort import Cohort
+    from sahlora.hardware import choose_threads
     from sahlora.training import pretrain as run
 
-    training = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed, "precision": precision,
-                "device": device, "workers": workers}
-    history = run(Cohort.read(cohort), out, {"name": network}, training, quiet)
+    choose_threads(threads)
+    training = {**_training_options(option, device, workers), "steps": steps, "batch_size": batch_size,
+                "learning_rate": learning_rate, "seed": seed, "precision": precision}
+    history = run(Cohort.read(cohort), out, {"name": network}, training, quiet, tensorboard)
     typer.echo(f"{out / 'model.safetensors'}: {len(history)} steps, soft Dice of the last batches {history.dice.tail(20).mean():.3f}")
 
-# %% ../nbs/80_cli.ipynb #9f584dc7
+# %% ../nbs/80_cli.ipynb #51c4e19b
 @app.command("finetune")
 def finetune(
     base: Annotated[Path, typer.Option(help="Pre-trained weights: model.safetensors.")],
     cohort: Annotated[Path, typer.Option(help="Target cohort: a folder with cohort.csv.")], out: _Out,
-    method: Annotated[str, typer.Option(help="none, fine-tuning, or an adapter: cp-lora, ...")] = "cp-lora",
-    region: Annotated[str, typer.Option(help="Part of the network: decoding, all, ...")] = "decoding",
+    method: Annotated[str, typer.Option(help="none, norm-stats, scratch, a region (decoding, all, ...) to fine-tune it, or an adapter "
+                                             "(cp-lora, ...).")] = "cp-lora",
+    region: Annotated[str, typer.Option(help="Where an adapter goes: decoding, all, ...")] = "decoding",
     rank: Annotated[int, typer.Option(help="Rank of an adapter.")] = 8,
+    extras: Annotated[bool, typer.Option("--extras", help="An adapter also trains the 1x1 head, biases and norms.")] = False,
     steps: _Steps = 800, batch_size: _Batch = 8, seed: _Seed = 0, quiet: _Quiet = False,
-    learning_rate: Annotated[float, typer.Option(help="Learning rate of Adam; an adapter wants more than fine-tuning.")] = 1e-3,
+    learning_rate: Annotated[str, typer.Option(help="Learning rate; or several, 1e-3,1e-2, of which each fold chooses one on an "
+                                                    "inner split. An adapter wants more than fine-tuning.")] = "1e-3",
     folds: Annotated[Path | None, typer.Option(help="folds.json; by default the cohort's, drawn if it has none.")] = None,
+    precision: _Precision = "auto", device: _Device = "auto", threads: _Threads = None, workers: _Workers = 0,
+    option: _Option = None, tensorboard: _Board = None,
 ) -> None:
     """Adapt pre-trained weights to a target cohort, fold by fold, and score each patient by a network that never saw them.
 
     Example: sahlora finetune --base runs/base/model.safetensors --cohort cohorts/target --method cp-lora --out runs/cp-lora
     """
+    from sahlora.strategies import Strategy
+
+    rates = _numbers(learning_rate, "--learning-rate")
+    strategy = Strategy(method, region, rank, None, steps, batch_size, rates if len(rates) > 1 else rates[0], seed, precision,
+                        extras, training=_training_options(option, device, workers))
+    _finetune(base, cohort, folds, strategy, out, threads, quiet, tensorboard)
+
+
+def _finetune(base: Path, cohort: Path, folds: Path | None, strategy: "Strategy", out: Path, threads: int | None,
+              quiet: bool, tensorboard: Path | None) -> None:
     from sahlora.cohort import Cohort
     from sahlora.folds import folds_for, read_folds
-    from sahlora.transfer import Strategy, cross_validate
+    from sahlora.hardware import choose_threads
+    from sahlora.transfer import cross_validate
 
-    target, strategy = Cohort.read(cohort), Strategy(method, region, rank, None, steps, batch_size, learning_rate, seed)
+    choose_threads(threads)
+    target = Cohort.read(cohort)
     plan = read_folds(folds, target) if folds else folds_for(target, cohort / "folds.json")
-    table = cross_validate(base, target, strategy, plan, out, quiet=quiet)
+    table = cross_validate(base, target, strategy, plan, out, quiet=quiet, tensorboard=tensorboard)
     typer.echo(f"{out / 'patients.csv'}: {len(table)} patients, soft Dice {table.dice_soft.mean():.3f} on average")
 
 # %% ../nbs/80_cli.ipynb #a199b508

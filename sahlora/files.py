@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['atomic_path', 'atomic_folder', 'write_json', 'read_json', 'write_csv', 'file_hash', 'object_hash', 'save_tensors',
-           'load_tensors', 'plain_words']
+           'load_tensors', 'check_writable', 'plain_words']
 
 # %% ../nbs/01_files.ipynb #aed97845
 import hashlib
@@ -112,6 +112,15 @@ def load_tensors(path: str | Path) -> tuple[dict[str, "torch.Tensor"], dict[str,
         raise ValueError(f"{path}: not a whole safetensors file ({error}); make or copy it again") from error
     except KeyError as error:
         raise ValueError(f"{path}: has no sahlora header, so it is not known what these weights are") from error
+
+# %% ../nbs/01_files.ipynb #dcb886d0
+def check_writable(folder: str | Path) -> None:
+    "Make a folder and write a file in it that is gone at once. Raises: OSError when that does not work."
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"0" * 4096)
+        file.flush()
+        os.fsync(file.fileno())
 
 # %% ../nbs/01_files.ipynb #2c6b863e
 def plain_words(error: OSError) -> str:

@@ -327,7 +327,7 @@ class _Board:
         if self.writer:
             self.writer.close()
 
-# %% ../nbs/40_training.ipynb #14a3c50b
+# %% ../nbs/40_training.ipynb #ed5442c6
 def _fit(loop: _Descent, store: SliceStore, batches: BalancedBatches, validation: np.ndarray | None,
          checkpoint: Checkpoint | None, every: int, bar: Callable[..., tqdm], board: Callable[[int], _Board]) -> pd.DataFrame:
     "Run the steps that are left; the history. Stops early where validation Dice does not grow any more."
@@ -358,7 +358,7 @@ def _fit(loop: _Descent, store: SliceStore, batches: BalancedBatches, validation
     _finish(loop, best)
     return record.table(how, per_epoch)
 
-
+# %% ../nbs/40_training.ipynb #e2c0b04f
 def _finish(loop: _Descent, best: _Best) -> None:
     "The weights that the training ends with: the best ones, the averaged ones, or the last."
     if best.state:
@@ -397,7 +397,7 @@ def train(net: nn.Module, store: SliceStore, rows: np.ndarray, how: Training, *,
 
     return _fit(loop, store, batches, validation, checkpoint, every, bar, partial(_Board, tensorboard, label))
 
-# %% ../nbs/40_training.ipynb #16b323b4
+# %% ../nbs/40_training.ipynb #421a967c
 def pad_to_multiple(planes: Tensor, multiple: int) -> Tensor:
     "(..., H, W) padded with zeros below and on the right until `multiple` divides H and W."
     height, width = planes.shape[-2:]
@@ -413,7 +413,8 @@ def ct_to_images(slices: np.ndarray, multiple: int) -> Tensor:
 def predict(net: nn.Module, images: Tensor, batch_size: int = 16) -> Tensor:
     "Probabilities (N, 1, H, W) of `images` (N, 1, H, W), in evaluation mode, fp32, and in batches."
     net.to(memory_format=torch.channels_last).eval()  # as in training: the last bits depend on it
-    return torch.cat([net(batch).float().sigmoid() for batch in images.split(batch_size)])
+    device = next(net.parameters()).device
+    return torch.cat([net(batch.to(device)).float().sigmoid().cpu() for batch in images.split(batch_size)])
 
 
 def predict_volume(net: nn.Module, ct: HeadCT, multiple: int = 4) -> Tensor:

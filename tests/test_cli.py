@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import sahlora
 from sahlora.cli import app
 from sahlora.cohort import make_phantom_cohort
+from sahlora.files import read_json
 from sahlora.training import save_network
 from sahlora.unet import build_network
 
@@ -175,3 +176,23 @@ def test_pretrain_and_finetune(things, run, tmp_path):
     assert leak.exit_code == 2 and "in both" in leak.stderr
     wrong = run("finetune", "--base", base, "--cohort", things[1].folder, "--out", tmp_path / "x", "--method", "cplora")
     assert wrong.exit_code == 2 and "cp-lora" in wrong.stderr
+    odd = run("finetune", "--base", base, "--cohort", things[1].folder, "--out", tmp_path / "y", "--option", "patiense=3")
+    assert odd.exit_code == 2 and "did you mean 'patience'" in odd.stderr
+    rates = run("finetune", "--base", base, "--cohort", things[1].folder, "--out", tmp_path / "z", "--learning-rate", "1e-3,fast")
+    assert rates.exit_code == 2 and "--learning-rate 1e-3,1e-2" in rates.stderr
+
+
+def test_more_about_the_training(things, run, tmp_path):
+    source = make_phantom_cohort(tmp_path / "source", "tbi", cases=3, seed=6, grid=(32, 40), slices=12)
+    done = run("pretrain", "--cohort", source.folder, "--out", tmp_path / "base", "--steps", 3, "--batch-size", 2, "--quiet", "--threads", 1,
+               "--option", "schedule=cosine", "--option", "weight_decay=1e-3", "--option", "compile=false", "--tensorboard", tmp_path / "board")
+    assert done.exit_code == 0, done.output
+    facts = read_json(tmp_path / "base/run.json")
+    assert facts["training"]["schedule"] == "cosine" and facts["training"]["weight_decay"] == 1e-3 and facts["threads"] == 1
+    assert list((tmp_path / "board").rglob("events.*")), "TensorBoard's log is there"
+    base = tmp_path / "base/model.safetensors"
+    tuned = run("finetune", "--base", base, "--cohort", things[1].folder, "--out", tmp_path / "run", "--steps", 2, "--batch-size", 2, "--quiet",
+                "--method", "cp-dora", "--extras", "--learning-rate", "1e-3,1e-2", "--workers", 2)
+    assert tuned.exit_code == 0 and "does nothing" in tuned.output, tuned.output
+    outcomes = read_json(tmp_path / "run/run.json")["outcomes"]
+    assert [sorted(outcome["tried"]) for outcome in outcomes] == [["0.001", "0.01"]] * 3

@@ -2,7 +2,7 @@
 import pytest
 import yaml
 
-from sahlora.study import check_parameters, code_hash, expand_runs, read_study
+from sahlora.study import check_parameters, code_hash, expand_runs, read_study, strategy_of
 
 
 @pytest.fixture
@@ -46,6 +46,14 @@ def test_committed_studies_are_right(project, name):
     ("network.name", "resnet", "multi-view-unet"),
     ("study", "My Study", "study"),
     ("precision", "fp8", "fp32"),
+    ("runs.2.learning_rate", "1e-2", "write 1.0e-3"),
+    ("runs.2.learning_rate", {4: 0.01}, "names ranks 4, but not 8"),
+    ("runs.2.learning_rate", [], "at least 1 item"),
+    ("runs.2.learning_rate", [0.01, -1.0], "greater than 0"),
+    ("runs.1.extras", True, "belong to adapters"),
+    ("runs.2.adapter", {"dropuot": 0.1}, "dropuot"),
+    ("pretrain.options", {"shedule": "cosine"}, "did you mean 'schedule'"),
+    ("finetune.options", {"loss": "focal"}, "dice+ce"),
 ])
 def test_mistakes_are_found_and_named(write, path, value, words):
     with pytest.raises(ValueError) as error:
@@ -99,3 +107,15 @@ def test_right_parameters_pass():
 def test_code_hashes_of_the_experiments_differ(project):
     paths = sorted((project / "nbs/experiments").glob("*.ipynb"))
     assert len({code_hash(path) for path in paths}) == len(paths) == 4
+
+
+def test_rates_per_rank_candidates_and_regions_by_name(write):
+    write("runs.0", {"method": "deep"})
+    write("runs.1", {"method": "scratch", "learning_rate": [0.001, 0.01]})
+    study = read_study(write("runs.2", {"method": "cp-lora", "ranks": [2, 8], "learning_rate": {2: 0.02, 8: 0.01}, "extras": True}))
+    runs = expand_runs(study)
+    assert [run["id"] for run in runs] == ["fine-tuning-deep-s0", "scratch-s0", "cp-lora-r2-decoding-extras-s0", "cp-lora-r8-decoding-extras-s0"]
+    assert [strategy_of(run).learning_rate for run in runs] == [0.001, (0.001, 0.01), 0.02, 0.01]
+    assert strategy_of(runs[2]).alpha is None and strategy_of({**runs[2], "alpha": 16.0}).alpha == 16
+    with pytest.raises(ValueError, match="names a region already"):
+        read_study(write("runs.0", {"method": "deep", "regions": ["all"]}))
