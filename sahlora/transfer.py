@@ -33,13 +33,13 @@ from .strategies import (Strategy, at_rate, how_to_train, inner_split, moving, p
 from .training import by_epoch, dice_of_rows, load_network, plateau, predict_volume, train, weights_hash
 from .unet import build_network
 
-# %% ../nbs/41_transfer.ipynb #89bc4921
+# %% ../nbs/41_transfer.ipynb #7b6a2a29
 def score_cohort(net: nn.Module, cohort: Cohort) -> tuple[pd.DataFrame, dict[str, Tensor]]:
     "Scores, one row per scan; and per patient the slice with most blood as uint8 (3, H, W): CT 0..80 HU, mask, p."
     rows, examples = [], {}
     for (patient, ct, mask), spacing in zip(cohort, cohort.table.spacing):
         p = predict_volume(net, ct)
-        scores = score_patient(p.numpy(), mask, ct.voxel_ml if spacing == "known" else None)
+        scores = score_patient(p.numpy(), mask, ct if spacing == "known" else None)
         ratio = p.sum(dtype=torch.float64).item() / total if (total := int(mask.sum())) else np.nan
         rows.append({"patient": patient, **scores, "volume_ratio": ratio})
         k = richest_slice(mask)

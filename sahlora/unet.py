@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# %% ../nbs/20_unet.ipynb #d260fbd2
+# %% ../nbs/20_unet.ipynb #3ecd40b7
 WIDTH = 32  # channels that every 3x3 convolution of the multi-view Unet writes
 
 
@@ -35,7 +35,7 @@ class ConvUnit(nn.Module):
         self.norm = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.norm(self.conv(x)))
+        return F.relu(self.norm(self.conv(x)), inplace=True)  # the norm's backward needs its input alone
 
 
 class M1(nn.Module):

@@ -1,0 +1,554 @@
+"""Scores against MONAI, against brute force in millimetres, and at the edges where scores do not exist."""
+import io
+import math
+import time
+import warnings
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from sahlora.ct import HeadCT
+from sahlora.evaluation import (BINS, MIN_LESION_ML, SCORES, VOLUMES, bounding_box, by_bin, dice, empty_side, f1,
+                                find_lesions, hausdorff, lesion_counts, place_mm, score_patient, slice_counts,
+                                summarize, summarize_run, surface, surface_dice, surface_distances, volume_bin)
+
+UNDEFINED = ("dice_soft", "dice_hard", "nsd_2mm", "hd95_mm", "lesion_f1", "slice_sensitivity")
+
+
+def scan(shape, mm=(1.0, 1.0, 1.0), shear=(0.0, 0.0), origins=None) -> HeadCT:
+    "A scan of zeros on a grid; shear: mm that each slice slides along x and y."
+    affine = np.diag([*mm, 1.0])
+    affine[:2, 2] = shear
+    affine[:3, 3] = -80, -100, 30
+    return HeadCT(np.zeros(shape, np.float32), affine, origins=origins)
+
+
+def uneven(shape, z, slide=0.0, mm=(0.5, 0.5)) -> HeadCT:
+    "A scan whose slices lie at heights z (Z,), sliding `slide` mm in y per mm of height."
+    z = np.asarray(z, float)
+    first = [0, slide * (z[1] - z[0]), z[1] - z[0]]
+    affine = np.eye(4)
+    affine[0, 0], affine[1, 1], affine[:3, 2] = *mm, first
+    return HeadCT(np.zeros(shape, np.float32), affine, origins=np.stack([0 * z, slide * z, z], 1))
+
+
+def masks(shape, seed, smooth=1.2):
+    "Two random, smooth, overlapping masks, of 5 to 60 % of the volume."
+    rng = np.random.default_rng(seed)
+    base = ndimage.gaussian_filter(rng.random(shape), smooth)
+    fields = [base + 0.5 * ndimage.gaussian_filter(rng.random(shape), smooth) for _ in range(2)]
+    return [field > np.quantile(field, rng.uniform(0.4, 0.95)) for field in fields]
+
+
+def specks(shape, seed):
+    "Two masks of a few scattered voxels, none in the lowest two slices: the nearest one is often slices away."
+    rng = np.random.default_rng(seed)
+    fields = rng.random((2, *shape))
+    fields[..., :2] = 1
+    return [field <= np.sort(field.ravel())[n] for field, n in zip(fields, rng.integers(1, 12, 2))]
+
+
+def monai_surface(a, b, mm) -> tuple[float, float]:
+    "(NSD at 2 mm, HD95) by MONAI."
+    from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        a, b = (torch.from_numpy(np.ascontiguousarray(m, dtype=np.float32))[None, None] for m in (a, b))
+        spacing = tuple(float(x) for x in mm)
+        nsd = compute_surface_dice(a, b, [2.0], include_background=True, spacing=spacing)
+        hd = compute_hausdorff_distance(a, b, include_background=True, percentile=95, spacing=spacing)
+        return nsd.item(), hd.item()
+
+
+def ours(a, b, ct) -> tuple[float, float]:
+    distances = surface_distances(a, b, ct)
+    return surface_dice(*distances), hausdorff(*distances)
+
+
+def equal(mine, theirs) -> None:
+    "Equal (NSD, HD95): MONAI finds the percentile's rank in float32, so its HD95 carries an error of that size."
+    np.testing.assert_allclose(mine[0], theirs[0], rtol=1e-6)
+    np.testing.assert_allclose(mine[1], theirs[1], rtol=1e-5, atol=1e-6)
+
+
+def same(one, other) -> None:
+    "The same scores of a patient, NaN where NaN is."
+    assert list(one) == list(other)
+    for name, value in one.items():
+        expected = other[name]
+        assert value == (expected if isinstance(value, str) else pytest.approx(expected, rel=1e-9, nan_ok=True)), name
+
+
+def brute_surface(mask) -> np.ndarray:
+    "Surface voxels (N, 3), voxel by voxel."
+    padded, found = np.pad(mask, 1), []
+    for x, y, z in np.argwhere(mask):
+        block = padded[x : x + 3, y : y + 3, z : z + 3]
+        faces = block[0, 1, 1], block[2, 1, 1], block[1, 0, 1], block[1, 2, 1], block[1, 1, 0], block[1, 1, 2]
+        if not all(faces):
+            found.append((x, y, z))
+    return np.array(found, dtype=int).reshape(-1, 3)
+
+
+def brute_distances(a, b, place) -> list[np.ndarray]:
+    "All pairs of surface voxels, places in mm by `place(i, j, k)`."
+    one, other = (np.array([place(*v) for v in brute_surface(m)]) for m in (a, b))
+    pairs = np.sqrt(((one[:, None] - other[None]) ** 2).sum(-1))
+    return [pairs.min(1), pairs.min(0)]
+
+
+# Dice
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=40, deadline=None)
+def test_dice_is_the_formula_symmetric_and_bounded(seed):
+    rng = np.random.default_rng(seed)
+    p, t = rng.random((6, 5, 4)), rng.random((6, 5, 4)) < rng.random()
+    value = dice(p, t)
+    assert value == pytest.approx(2 * sum(p[i] * t[i] for i in np.ndindex(p.shape)) / (p.sum() + t.sum()))
+    hard = p >= 0.5
+    assert 0 <= value <= 1 and dice(hard, t) == dice(t, hard)
+    if t.any():
+        assert dice(t, t) == 1
+
+
+def test_dice_equals_monai():
+    from monai.metrics import compute_dice
+
+    for seed in range(10):
+        a, b = masks((12, 14, 6), seed)
+        expected = compute_dice(*(torch.from_numpy(m.astype(np.float32))[None, None] for m in (a, b))).item()
+        assert dice(a, b) == pytest.approx(expected, abs=1e-6)
+
+
+def test_dice_refuses_other_shapes_and_calls_two_empties_missing():
+    with pytest.raises(ValueError, match="same shape"):
+        dice(np.zeros((2, 2, 2)), np.zeros((2, 2, 3)))
+    nothing = np.zeros((2, 2, 2))
+    assert math.isnan(dice(nothing, nothing)) and dice(nothing, nothing + 1) == 0 == dice(nothing + 1, nothing)
+
+
+# Surfaces
+
+
+@pytest.mark.parametrize("mm", [(1, 1, 1), (0.5, 0.5, 5), (0.4, 2, 2.5), (3, 0.7, 1.1), (0.488281, 0.488281, 4.8)])
+@pytest.mark.parametrize("shape", [(16, 14, 9), (1, 20, 5), (20, 20, 1), (3, 3, 3)])
+def test_surface_scores_equal_monai(mm, shape):
+    for seed in range(8):
+        a, b = masks(shape, seed, 1.0)
+        if a.any() and b.any():
+            equal(ours(a, b, scan(shape, mm)), monai_surface(a, b, mm))
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_surface_scores_equal_monai_anywhere(data):
+    shape = data.draw(st.tuples(*[st.integers(1, 9)] * 3))
+    mm = [data.draw(st.integers(4, 120)) / 20 for _ in range(3)]  # steps of 0.05 mm: many ties at exactly 2 mm
+    rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
+    a, b = (rng.random(shape) < data.draw(st.floats(0.02, 0.98)) for _ in range(2))
+    if a.any() and b.any():
+        equal(ours(a, b, scan(shape, mm)), monai_surface(a, b, mm))
+
+
+def test_one_voxel_masks_and_masks_at_the_border_equal_monai():
+    shape, mm = (5, 6, 4), (0.5, 1.5, 5.0)
+    for one, other in product([(0, 0, 0), (4, 5, 3), (2, 3, 1)], repeat=2):
+        a, b = np.zeros(shape, bool), np.zeros(shape, bool)
+        a[one] = b[other] = True
+        far = math.dist(np.multiply(one, mm), np.multiply(other, mm))
+        assert ours(a, b, scan(shape, mm)) == pytest.approx((float(far <= 2), far))
+        np.testing.assert_allclose(ours(a, b, scan(shape, mm)), monai_surface(a, b, mm), rtol=1e-6)
+    full = np.ones(shape, bool)
+    np.testing.assert_allclose(ours(full, b, scan(shape, mm)), monai_surface(full, b, mm), rtol=1e-6)
+
+
+def test_a_distance_of_exactly_the_tolerance_counts():
+    for step in (0.1, 0.2, 0.4, 0.5, 1.0, 2.0, np.float32(0.4)):
+        n = round(2 / step)
+        a, b = np.zeros((n + 3, 1, 1), bool), np.zeros((n + 3, 1, 1), bool)
+        a[0], b[n] = True, True
+        assert ours(a, b, scan(a.shape, (float(step), 1, 1)))[0] == 1, step
+        assert ours(a, np.roll(b, 1), scan(a.shape, (float(step), 1, 1)))[0] == 0, step
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=40, deadline=None)
+def test_surface_is_erosions_complement(seed):
+    rng = np.random.default_rng(seed)
+    mask = rng.random(rng.integers(1, 8, 3)) < rng.random()
+    assert np.array_equal(surface(mask), mask & ~ndimage.binary_erosion(mask))
+    assert np.array_equal(np.argwhere(surface(mask)), brute_surface(mask))
+
+
+def test_surface_takes_an_empty_array_and_leaves_its_argument():
+    assert surface(np.zeros((0, 3, 2), bool)).shape == (0, 3, 2)
+    mask = np.ones((4, 4, 4), bool)
+    assert surface(mask).sum() == 64 - 8 and mask.all()
+
+
+@pytest.mark.parametrize("shear", [(0, 0), (0, 1.8), (-0.7, 2.6)])
+def test_tilted_scans_equal_brute_force_in_mm(shear):
+    shape, mm = (11, 12, 6), (0.6, 0.6, 5.0)
+    ct = scan(shape, mm, shear)
+    for seed in range(12):
+        a, b = specks(shape, seed) if seed % 3 else masks(shape, seed, 1.0)
+        expected = brute_distances(a, b, lambda i, j, k: (0.6 * i + shear[0] * k, 0.6 * j + shear[1] * k, 5.0 * k))
+        for mine, theirs in zip(surface_distances(a, b, ct), expected):
+            np.testing.assert_allclose(mine, theirs, atol=1e-9)
+
+
+@pytest.mark.parametrize("slide", [0.0, 0.35])
+def test_uneven_scans_equal_brute_force_in_mm(slide):
+    z = [0, 2.5, 5, 7.5, 12.5, 17.5, 22.5]
+    ct = uneven((11, 12, 7), z, slide)
+    assert len(ct.stacks) == 2
+    for seed in range(12):
+        a, b = specks((11, 12, 7), seed) if seed % 3 else masks((11, 12, 7), seed, 1.0)
+        expected = brute_distances(a, b, lambda i, j, k: (0.5 * i, 0.5 * j + slide * z[k], z[k]))
+        for mine, theirs in zip(surface_distances(a, b, ct), expected):
+            np.testing.assert_allclose(mine, theirs, atol=1e-9)
+
+
+def test_a_spacing_per_axis_would_be_wrong_in_a_tilted_scan():
+    ct = scan((11, 30, 6), (0.6, 0.6, 5.0), (0, 2.6))
+    mask = np.zeros(ct.hu.shape, bool)
+    mask[3:8, 8:22, 1:4] = True
+    higher = np.roll(mask, 1, 2)
+    assert monai_surface(higher, mask, ct.spacing)[1] - ours(higher, mask, ct)[1] > 0.2
+
+
+@given(st.integers(0, 10**6), st.floats(0.5, 3))
+@settings(max_examples=30, deadline=None)
+def test_surface_scores_symmetry_translation_scale(seed, scale):
+    shape, mm, shear = (9, 8, 6), np.array([0.7, 0.7, 4.0]), np.array([0.3, 1.1])
+    a, b = specks(shape, seed) if seed % 2 else masks(shape, seed, 0.8)
+    there, back = surface_distances(a, b, scan(shape, mm, shear))
+    swapped = surface_distances(b, a, scan(shape, mm, shear))
+    assert np.array_equal(swapped[0], back) and np.array_equal(swapped[1], there)
+    assert 0 <= surface_dice(there, back) <= 1 and 0 <= hausdorff(there, back) <= max(there.max(), back.max())
+    assert hausdorff(there, back, 100) == max(there.max(), back.max())
+    moved = surface_distances(*(np.pad(m, ((2, 1), (0, 3), (1, 2))) for m in (a, b)), scan((12, 11, 9), mm, shear))
+    np.testing.assert_allclose(np.concatenate(moved), np.concatenate([there, back]), atol=1e-9)
+    larger = surface_distances(a, b, scan(shape, scale * mm, scale * shear))
+    np.testing.assert_allclose(np.concatenate(larger), scale * np.concatenate([there, back]), atol=1e-9)
+    assert surface_dice(*larger, 2.0 * scale) == surface_dice(there, back, 2.0)
+
+
+def test_turning_the_scan_in_space_changes_nothing():
+    shape, ct = (12, 13, 7), scan((12, 13, 7), (0.6, 0.6, 5.0), (0.2, 1.3))
+    angle = 0.4
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    turned = HeadCT(ct.hu, turn @ ct.affine)
+    for seed in range(6):
+        a, b = specks(shape, seed) if seed % 2 else masks(shape, seed)
+        one, other = score_patient(1.0 * a, b, ct), score_patient(1.0 * a, b, turned)
+        same(one, other)
+
+
+def test_place_mm_is_the_affine():
+    ct = scan((5, 6, 7), (0.5, 0.7, 4.0), (0.3, 1.0))
+    voxels = np.argwhere(np.ones((5, 6, 7)))
+    expected = (np.c_[voxels, np.ones(len(voxels))] @ ct.affine.T)[:, :3] - ct.affine[:3, 3]
+    np.testing.assert_allclose(place_mm(ct, voxels), expected, atol=1e-12)
+
+
+def test_bounding_box_of_several_masks():
+    a, b = np.zeros((6, 7, 8), bool), np.zeros((6, 7, 8), bool)
+    a[2, 3, 4] = b[4, 1, 7] = True
+    assert bounding_box(a, b) == (slice(2, 5), slice(1, 4), slice(4, 8))
+    assert bounding_box(0 * a, 0 * b) == (slice(0, 0),) * 3
+
+
+# Lesions
+
+
+def brute_lesions(mask) -> list[set]:
+    "26-connected components as sets of voxels, by flooding."
+    left, found = {tuple(int(x) for x in v) for v in np.argwhere(mask)}, []
+    while left:
+        wave = {left.pop()}
+        component = set(wave)
+        while wave:
+            wave = {tuple(np.add(v, d)) for v in wave for d in product((-1, 0, 1), repeat=3)} & left
+            left -= wave
+            component |= wave
+        found.append(component)
+    return found
+
+
+@given(st.integers(0, 10**6), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_lesion_counts_equal_brute_force(seed, known):
+    rng = np.random.default_rng(seed)
+    hard, t = (rng.random((7, 6, 5)) < rng.uniform(0.02, 0.2) for _ in range(2))
+    hard[..., : seed % 3] = t[..., : seed % 3] = False  # so that the box around them starts higher
+    slice_ml = rng.uniform(0.02, 0.08, 5) if known else None
+
+    def counts(component):
+        return sum(slice_ml[v[2]] for v in component) >= MIN_LESION_ML if known else len(component) >= 3
+
+    guesses, lesions = brute_lesions(hard), brute_lesions(t)
+    serious = set().union(*(g for g in guesses if counts(g)))
+    blood = set().union(*lesions)
+    judged = [bool(lesion & serious) for lesion in lesions if counts(lesion)]
+    false = sum(1 for guess in guesses if counts(guess) and not guess & blood)
+    assert lesion_counts(hard, t, slice_ml) == (sum(judged), false, len(judged) - sum(judged))
+
+
+def test_lesions_by_hand():
+    t, hard = np.zeros((12, 12, 4), bool), np.zeros((12, 12, 4), bool)
+    t[1:3, 1:3, 1:3], t[8:10, 1:3, 1:3], t[1, 9, 0] = True, True, True
+    hard[1:10, 2, 1] = True  # one prediction finds two lesions
+    assert lesion_counts(hard, t) == (2, 0, 0)
+    hard[6:8, 8:10, 3] = True  # away from all blood
+    assert lesion_counts(hard, t) == (2, 1, 0) and f1(2, 1, 0) == 0.8
+    hard[0:3, 9, 0] = True  # on a speck that is too small to count: no false alarm
+    assert lesion_counts(hard, t) == (2, 1, 0)
+    assert lesion_counts(hard, t, min_voxels=1) == (3, 1, 0)
+    assert lesion_counts(0 * t, t) == (0, 0, 2) and lesion_counts(t, 0 * t) == (0, 2, 0)
+    assert math.isnan(f1(0, 0, 0)) and f1(0, 1, 0) == 0 == f1(0, 0, 1)
+
+
+def test_a_volume_of_exactly_the_minimum_counts_and_corners_join():
+    mask = np.zeros((10, 10, 4), bool)
+    mask[:10, 0, 0] = True
+    slice_ml = np.array([0.01, 0.02, 0.01, 0.01])
+    assert find_lesions(mask, slice_ml)[1].sum() == 1
+    mask[9, 0, 0] = False
+    assert find_lesions(mask, slice_ml)[1].sum() == 0
+    mask[9, 1, 1] = True  # a corner away, and in a slice that owns twice as much
+    assert find_lesions(mask, slice_ml)[1].sum() == 1
+    assert find_lesions(mask, slice_ml, min_ml=0.0)[1].tolist() == [False, True]
+
+
+# Slices, volumes, bins
+
+
+def test_slices_by_hand():
+    t, hard = np.zeros((3, 3, 6), bool), np.zeros((3, 3, 6), bool)
+    t[0, 0, [0, 1, 2]] = hard[2, 2, [2, 3]] = True
+    assert slice_counts(hard, t) == (1, 1, 2, 2)
+    scores = score_patient(1.0 * hard, t)
+    assert scores["slice_sensitivity"] == pytest.approx(1 / 3) and scores["slice_specificity"] == pytest.approx(2 / 3)
+    everywhere = score_patient(np.ones((3, 3, 6)), np.ones((3, 3, 6), np.uint8))
+    assert everywhere["slice_sensitivity"] == 1 and math.isnan(everywhere["slice_specificity"])
+
+
+def test_volumes_of_uneven_and_tilted_slices():
+    z = [0, 2.5, 5, 7.5, 12.5, 17.5]
+    owned = [2.5, 2.5, 2.5, 3.75, 5, 5]
+    rng = np.random.default_rng(0)
+    p, t = rng.random((6, 5, 6)), rng.random((6, 5, 6)) < 0.3
+    for slide in (0.0, 0.4):
+        ct = uneven(p.shape, z, slide)
+        scores, ml = score_patient(p, t, ct), 0.5 * 0.5 * np.array(owned) / 1000
+        assert scores["volume_ml"] == pytest.approx(sum(t[..., k].sum() * ml[k] for k in range(6)))
+        assert scores["predicted_ml"] == pytest.approx(sum(p[..., k].sum() * ml[k] for k in range(6)))
+        assert scores["predicted_hard_ml"] == pytest.approx(ct.volume_ml(p >= 0.5))
+
+
+def test_bins_drop_nothing():
+    volumes = [0, 1e-9, 24.999, 25, 49.999, 50, 99.999, 100, 1e4, math.nan]
+    expected = ["0", "<25", "<25", "25-50", "25-50", "50-100", "50-100", ">100", ">100", "unknown"]
+    assert [volume_bin(ml) for ml in volumes] == expected and set(expected) == {*BINS, "unknown"}
+    with pytest.raises(ValueError, match="volume"):
+        volume_bin(-1.0)
+
+
+# A patient
+
+
+def test_keys_and_types_of_a_patient():
+    a, b = masks((12, 12, 6), 0)
+    for ct in (None, scan((12, 12, 6), (1, 1, 5))):
+        scores = score_patient(np.where(a, 0.9, 0.1).astype(np.float32), b.astype(np.uint8), ct)
+        assert list(scores) == ["dice_soft", "dice_hard", "nsd_2mm", "hd95_mm", "lesion_f1", "lesion_tp", "lesion_fp",
+                                "lesion_fn", "slice_sensitivity", "slice_specificity", "slice_tp", "slice_fp",
+                                "slice_fn", "slice_tn", *VOLUMES, "volume_bin", "empty"]
+        assert {type(value) for value in scores.values()} == {float, int, str}
+        in_mm = [scores[name] for name in ("nsd_2mm", "hd95_mm", *VOLUMES)]
+        assert all(map(math.isnan, in_mm)) if ct is None else not any(map(math.isnan, in_mm))
+        assert scores["volume_bin"] == ("unknown" if ct is None else "<25")
+        anyway = ("dice_soft", "dice_hard", "lesion_f1", "slice_sensitivity")
+        assert not any(math.isnan(scores[name]) for name in anyway)
+
+
+def test_a_single_slice_has_distances_and_no_volume():
+    a, b = masks((12, 12, 1), 0)
+    scores = score_patient(1.0 * a, b, scan((12, 12, 1), (1, 1, 5)))
+    assert math.isnan(scores["volume_ml"]) and scores["volume_bin"] == "unknown"
+    assert scores["hd95_mm"] == pytest.approx(monai_surface(a, b, (1, 1, 5))[1])
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_empties(known):
+    blood, nothing = np.zeros((8, 8, 6)), np.zeros((8, 8, 6))
+    blood[2:5, 2:5, 2:4] = 1
+    ct = scan(blood.shape, (2, 2, 5)) if known else None
+    both = score_patient(nothing + 0.01, nothing, ct)
+    assert both["empty"] == "both" and all(math.isnan(both[name]) for name in UNDEFINED)
+    assert both["slice_specificity"] == 1 and both["lesion_tp"] == both["lesion_fp"] == both["lesion_fn"] == 0
+    for p, t, side in ((0.001 * blood, blood, "prediction"), (blood, nothing, "annotation")):
+        scores = score_patient(p, t, ct)
+        assert scores["empty"] == side == empty_side(p >= 0.5, t) and math.isnan(scores["hd95_mm"])
+        assert scores["dice_hard"] == 0 == scores["lesion_f1"]
+        assert scores["nsd_2mm"] == 0 if known else math.isnan(scores["nsd_2mm"])
+    assert scores["dice_soft"] == 0 and score_patient(nothing, blood, ct)["dice_soft"] == 0
+    assert math.isnan(scores["slice_sensitivity"]) and (scores["lesion_tp"], scores["lesion_fp"]) == (0, 1)
+    assert score_patient(nothing, blood, ct)["slice_sensitivity"] == 0
+
+
+def test_order_in_memory_and_dtype_do_not_matter():
+    a, b = masks((14, 12, 6), 3)
+    p = np.where(a, 0.75, 0.25)  # exact in float16
+    ct = scan(p.shape, (0.5, 0.5, 5))
+    plain = score_patient(p, b, ct)
+    wide = np.zeros((28, 12, 12))
+    wide[::2, :, ::2] = p
+    others = [(np.asfortranarray(p), np.asfortranarray(b)), (wide[::2, :, ::2], b),
+              (p[::-1].copy()[::-1], b[::-1].copy()[::-1]),
+              (p.transpose(2, 1, 0).copy().transpose(2, 1, 0), b), (p.astype(np.float16), b.astype(np.uint8)),
+              (p.astype(np.float32), b.astype(np.float32)), (p, b.astype(np.int64))]
+    for q, t in others:
+        same(score_patient(q, t, ct), plain)
+    assert score_patient(a, b, ct)["nsd_2mm"] == plain["nsd_2mm"]  # a mask is a prediction too
+    frozen = [x.copy() for x in (p, b)]
+    for x in frozen:
+        x.setflags(write=False)
+    same(score_patient(*frozen, ct), plain)
+
+
+def test_a_probability_of_one_half_is_predicted():
+    p, t = np.full((3, 3, 3), 0.4999), np.ones((3, 3, 3), bool)
+    p[1, 1, 1] = 0.5
+    scores = score_patient(p, t, scan(p.shape, (10, 10, 10)))
+    assert scores["predicted_hard_ml"] == pytest.approx(1) and scores["dice_hard"] == pytest.approx(2 / 28)
+    assert scores["slice_tp"] == 1 and scores["empty"] == ""
+
+
+def test_half_precision_does_not_lose_voxels():
+    p, t = np.full((200, 200, 10), 0.75, np.float16), np.ones((200, 200, 10), np.uint8)  # the sum is far beyond float16
+    scores = score_patient(p, t, scan(p.shape, (1, 1, 1)))
+    assert scores["dice_soft"] == pytest.approx(2 * 0.75 / 1.75) and scores["predicted_ml"] == pytest.approx(300)
+
+
+def test_what_can_not_be_scored_is_refused():
+    p, t = np.full((4, 5, 6), 0.5), np.zeros((4, 5, 6), np.uint8)
+    nan = p.copy()
+    nan[1, 2, 3] = np.nan
+    for bad, annotation, ct, why in [
+        (nan, t, None, "NaN in 1 voxels"), (nan.astype(np.float16), t, None, "NaN in 1 voxels"),
+        (p + 1, t, None, "sigmoid"), (p - 1, t, None, "sigmoid"), (p * np.inf, t, None, "sigmoid"),
+        (p[1:], t, None, "same shape"), (p[0], t[0], None, "same shape"),
+        (p, t + 2, None, "0 and 1"), (p, t - 0.5, None, "0 and 1"),
+        (p, np.full(t.shape, np.nan), None, "0 and 1"), (p, t, scan((4, 5, 7)), "same grid"),
+        (p[:0], t[:0], None, "no voxel")]:
+        with pytest.raises(ValueError, match=why):
+            score_patient(bad, annotation, ct)
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_a_patient_is_bounded_and_symmetric_where_it_should_be(seed):
+    a, b = masks((9, 9, 5), seed, 0.8)
+    ct = scan(a.shape, (2.5, 2.5, 5), (0, 1.2))
+    one, other = score_patient(1.0 * a, b, ct), score_patient(1.0 * b, a, ct)
+    for name in ("dice_soft", "dice_hard", "nsd_2mm", "hd95_mm"):
+        assert one[name] == pytest.approx(other[name])
+    assert all(0 <= one[name] <= 1 for name in SCORES if name != "hd95_mm" and not math.isnan(one[name]))
+    assert one["slice_fp"] == other["slice_fn"] and one["volume_ml"] == pytest.approx(other["predicted_hard_ml"])
+    perfect = score_patient(1.0 * b, b, ct)
+    assert perfect["dice_soft"] == perfect["nsd_2mm"] == 1 and perfect["hd95_mm"] == 0 == perfect["lesion_fn"]
+
+
+# Many patients
+
+
+def cohort() -> pd.DataFrame:
+    "Five patients: two scored, one missed, one false alarm, one rightly empty; the second has no spacing."
+    blood, nothing = np.zeros((8, 8, 6)), np.zeros((8, 8, 6))
+    blood[2:6, 2:6, 2:5] = 1
+    ct = scan(blood.shape, (10, 10, 10))  # 48 mL
+    half = blood.copy()
+    half[4:] = 0
+    pairs = [(half, blood, ct), (blood, blood, None), (nothing, blood, ct), (blood, nothing, ct),
+             (nothing, nothing, ct)]
+    return pd.DataFrame([{"patient": f"p{i}", **score_patient(*pair)} for i, pair in enumerate(pairs)])
+
+
+def test_summary_of_a_run_by_hand():
+    table = cohort()
+    run = summarize_run(table)
+    counts = ("patients", "hd95_failures", "one_sided", "empty_annotation", "both_empty")
+    assert [run[name] for name in counts] == [5, 1, 2, 1, 1] and set(run["scores"]) == {*SCORES, *VOLUMES}
+    assert [run[f"lesion_{name}"] for name in ("tp", "fp", "fn")] == [2, 1, 1]
+    hard = run["scores"]["dice_hard"]
+    values = [2 / 3, 1.0, 0.0, 0.0]
+    assert (hard["n"], hard["missing"]) == (4, 1) and hard["mean"] == pytest.approx(np.mean(values))
+    assert hard["sd"] == pytest.approx(np.std(values, ddof=1)) and hard["median"] == pytest.approx(1 / 3)
+    assert run["scores"]["hd95_mm"]["n"] == 1 and run["scores"]["hd95_mm"]["sd"] is None
+
+
+def test_a_table_that_went_through_a_file_gives_the_same():
+    table = cohort()
+    read = pd.read_csv(io.StringIO(table.to_csv(index=False)))
+    assert summarize_run(read) == summarize_run(table)
+    pd.testing.assert_frame_equal(by_bin(read), by_bin(table))
+    same = table.iloc[:2]  # a column of empty words alone comes back as numbers
+    assert summarize_run(pd.read_csv(io.StringIO(same.to_csv(index=False)))) == summarize_run(same)
+
+
+def test_every_bin_has_its_row():
+    table = by_bin(cohort(), ("dice_hard",))
+    assert table.n.to_dict() == {"0": 2, "<25": 0, "25-50": 2, "50-100": 0, ">100": 0, "unknown": 1}
+    assert table.loc["25-50", "dice_hard"] == pytest.approx(1 / 3) and table.loc["0", "dice_hard_n"] == 1
+    assert table.loc[["<25", "50-100", ">100"], "dice_hard"].isna().all() and table.loc["unknown", "dice_hard"] == 1
+    none = by_bin(cohort().iloc[:0])
+    assert list(none.index) == [*BINS, "unknown"] and (none.n == 0).all() and none.hd95_mm.isna().all()
+
+
+def test_tables_of_older_runs_are_refused_by_name():
+    with pytest.raises(ValueError, match="nsd_2mm"):
+        summarize_run(cohort().drop(columns="nsd_2mm"))
+    with pytest.raises(ValueError, match="volume_ml"):
+        by_bin(cohort().drop(columns="volume_ml"))
+
+
+def test_summarize_keeps_its_result():
+    assert summarize(pd.Series([1.0, 2.0, 4.0, np.nan])) == {
+        "n": 3, "missing": 1, "mean": pytest.approx(7 / 3), "sd": pytest.approx(1.5275252316519468), "median": 2.0}
+    assert summarize(pd.Series([np.nan])) == {"n": 0, "missing": 1, "mean": None, "sd": None, "median": None}
+
+
+# Speed
+
+
+def timed(shape, mm, repeats) -> float:
+    "Best of some runs, in seconds, on two ellipsoids that overlap."
+    x = np.meshgrid(*(np.linspace(-1, 1, n, dtype=np.float32) for n in shape), indexing="ij", sparse=True)
+    near = sum((v / r) ** 2 for v, r in zip(x, (0.25, 0.2, 0.4)))
+    t, p = near < 1, (1 / (1 + np.exp(np.minimum(4 * (np.roll(near, shape[0] // 60, 0) - 1), 20)))).astype(np.float32)
+    ct, seconds = scan(shape, mm, (0, 1.5)), []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        score_patient(p, t, ct)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def test_a_large_volume_takes_seconds_at_most():
+    assert timed((512, 512, 40), (0.45, 0.45, 4.0), 2) < 4  # 0.5 s on one core; room for a busy machine
+
+
+def test_a_small_volume_takes_milliseconds():
+    assert timed((64, 80, 28), (2.5, 2.5, 5.0), 10) < 0.04
