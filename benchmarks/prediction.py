@@ -4,7 +4,8 @@
 
 The plain loop takes one slice at a time through the same network, fp32, contiguous, its batch norms as they are. All
 candidates run in one process and in turn, round after round, in a fresh order, after an untimed one; a ratio is taken
-within a round. The main table is made twice, in two processes: with the Makefile's allocator settings and with glibc's.
+within a round. The main table is made twice, in two processes: with the allocator settings that sahlora's programs
+choose, and with glibc's.
 """
 
 import argparse
@@ -152,7 +153,7 @@ def main() -> None:
         print(json.dumps(peak(argument) if kind == "peak" else measure(int(argument), kind == "sweeps")))
         return
     begin, load = time.perf_counter(), os.getloadavg()[0]
-    settings = {"With the Makefile's allocator settings": ALLOCATOR, "With glibc's own allocator settings": {}}
+    settings = {"With sahlora's allocator settings": ALLOCATOR, "With glibc's own allocator settings": {}}
     sections, threads = [], 0
     for title, allocator in settings.items():
         found = child(f"{'sweeps' if allocator else 'time'}:{options.rounds}", allocator)
@@ -160,7 +161,7 @@ def main() -> None:
         sections.append(section(title, found, {p: child(f"peak:{p}", allocator) for p in ("bf16", "fp32")}))
     facts = [f"Processor: {processor()}, {os.cpu_count()} cores; threads used: {threads}",
              f"Python {platform.python_version()}, torch {torch.__version__}",
-             "Makefile's settings: " + ", ".join(f"{key}={value}" for key, value in ALLOCATOR.items()),
+             "sahlora's settings: " + ", ".join(f"{key}={value}" for key, value in ALLOCATOR.items()),
              f"Load of the machine before the start: {load:.1f}; the run took "
              f"{(time.perf_counter() - begin) / 60:.1f} minutes"]  # fmt: skip
     command = f"python benchmarks/prediction.py --rounds {options.rounds} --out {shown(options.out)}"

@@ -127,10 +127,10 @@ _FillNan = Annotated[bool, typer.Option("--fill-nan", help="Fill voxels that are
 _AllowGaps = Annotated[bool, typer.Option("--allow-gaps", help="Accept a DICOM series with missing slices.")]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands there already.")]
 
-# %% ../nbs/80_cli.ipynb #3ead9b3a
+# %% ../nbs/80_cli.ipynb #4175874f
 @cohort.command("make")
 def cohort_make(
-    kind: Annotated[str, typer.Option(help="tbi (trauma) or asah (ruptured aneurysm).")],
+    kind: Annotated[str, typer.Option(help="tbi (trauma) or sah (ruptured aneurysm; asah is the same).")],
     cases: Annotated[int, typer.Option(help="How many patients.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     seed: Annotated[int, typer.Option(help="Another seed, other patients.")] = 0,
@@ -140,7 +140,7 @@ def cohort_make(
 ) -> None:
     """Make procedural head CTs with blood. Synthetic, no clinical claim.
 
-    Example: sahlora cohort make --kind asah --cases 30 --seed 5 --out cohorts/target
+    Example: sahlora cohort make --kind sah --cases 30 --seed 5 --out cohorts/target
     """
     from sahlora.cohort import cohort_table, make_phantom_cohort
 

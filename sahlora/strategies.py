@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REGIONS', 'WHOLE', 'strategy_words', 'Strategy', 'rates', 'how_to_train', 'prepare', 'heads', 'moving',
-           'recompute_norms', 'inert_magnitudes', 'training_notes', 'inner_split', 'at_rate']
+           'recompute_norms', 'inert_magnitudes', 'training_notes', 'at_rate']
 
 # %% ../nbs/41_strategies.ipynb #6d732fe9
 import difflib
@@ -191,16 +191,7 @@ def training_notes(net: nn.Module, strategy: Strategy, x: Tensor) -> dict[str, o
     net.eval()
     return {"batch_norm": policy, "notes": notes}
 
-# %% ../nbs/41_strategies.ipynb #fb4f04ee
-def inner_split(patients: Sequence[str], seed: int = 0, share: float = 0.25) -> tuple[list[str], list[str]]:
-    "(train, validation): about `share` of the patients set apart, one at least. Raises: ValueError for fewer than two."
-    if len(patients) < 2:
-        raise ValueError(f"an inner split needs two patients or more, there is {len(patients)}; fix the learning rate instead")
-    order = np.random.default_rng([seed, 7]).permutation(sorted(patients)).tolist()
-    count = min(len(order) - 1, max(1, round(share * len(order))))
-    return sorted(order[count:]), sorted(order[:count])
-
-
+# %% ../nbs/41_strategies.ipynb #bd48c7b9
 def at_rate(strategy: Strategy, rate: float) -> Strategy:
     "The same strategy with one learning rate."
     return replace(strategy, learning_rate=rate)

@@ -8,7 +8,7 @@ __all__ = ['OPTIMIZERS', 'SCHEDULES', 'LOSSES', 'PLATEAU', 'Training', 'make_tra
            'pad_to_multiple', 'ct_to_images', 'predict', 'predict_volume', 'plateau', 'weights_hash', 'save_network',
            'load_network', 'median_pixel', 'by_epoch', 'pretrain']
 
-# %% ../nbs/40_training.ipynb #6ae934db
+# %% ../nbs/40_training.ipynb #da335853
 import difflib
 import math
 import sys
@@ -31,7 +31,8 @@ from .augmentation import Augmentation, augment
 from .checkpoint import Checkpoint, resume
 from .cohort import Cohort, scan_size
 from .ct import HeadCT, window
-from .files import load_tensors, save_tensors, write_csv, write_json
+from .files import check_writable, load_tensors, save_tensors, write_csv, write_json
+from .folds import inner_split
 from .hardware import choose_device, choose_precision, keep_memory, run_facts
 from .slices import BalancedBatches, SliceStore, open_store
 from .unet import build_network
@@ -467,7 +468,7 @@ def load_network(path: str | Path) -> tuple[nn.Module, dict[str, object]]:
         raise ValueError(f"{path}: the weights do not match the hash in its header; make or copy it again")
     return net.eval(), header
 
-# %% ../nbs/40_training.ipynb #dbfd0df6
+# %% ../nbs/40_training.ipynb #7f64a4eb
 def median_pixel(cohort: Cohort) -> float | None:
     "Median size in mm of the cohort's pixels; None where no spacing is known. A prediction warns where a scan's differ."
     known = cohort.table.image[cohort.table.spacing == "known"]
@@ -485,14 +486,17 @@ def pretrain(cohort: Cohort, out: str | Path, network: Mapping[str, object], tra
              quiet: bool = False, tensorboard: str | Path | None = None) -> pd.DataFrame:
     """Train a fresh `network` on a cohort; writes model.safetensors, history.csv, epochs.csv and run.json; the history.
 
-    `training`: names and values of a Training. Raises: ValueError, FloatingPointError as `train` does.
+    `training`: names and values of a Training; with `patience`, a quarter of the patients is set apart to stop early.
+    Raises: ValueError, FloatingPointError as `train` does; OSError when `out` can not be written.
     """
+    check_writable(out)
     out, started, how, store = Path(out), time.perf_counter(), make_training(training), open_store(cohort)
     torch.manual_seed(how.seed)
     net, facts = build_network(network), {"network": dict(network), "training": training_facts(how), "data": store.folder.name}
     checkpoint = Checkpoint(out / "checkpoint.safetensors", facts)
-    history = train(net, store, np.arange(len(store)), how, checkpoint=checkpoint, quiet=quiet, label="pre-training",
-                    tensorboard=tensorboard)
+    patients, held_out = inner_split(cohort.patients, how.seed) if how.patience is not None else (cohort.patients, None)
+    history = train(net, store, store.rows(patients), how, validation=held_out and store.rows(held_out), checkpoint=checkpoint,
+                    quiet=quiet, label="pre-training", tensorboard=tensorboard)
     write_csv(out / "history.csv", history)
     write_csv(out / "epochs.csv", by_epoch(history))
     save_network(out / "model.safetensors", net, patients=cohort.patients, voxels=cohort.voxels, training=dict(training),

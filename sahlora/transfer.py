@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEVERAL', 'HARDLY', 'KEYS', 'score_cohort', 'collapse', 'cross_validate', 'load_run', 'load_examples']
 
-# %% ../nbs/41_transfer.ipynb #163ebc24
+# %% ../nbs/41_transfer.ipynb #d8ab5872
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -25,11 +25,10 @@ from .cohort import Cohort, richest_slice
 from .evaluation import score_patient
 from .files import (atomic_folder, atomic_path, check_writable, load_tensors, object_hash, read_json, save_tensors,
                            write_csv, write_json)
-from .folds import Fold, check_folds
+from .folds import Fold, check_folds, inner_split
 from .hardware import run_facts
 from .slices import SliceStore, open_store
-from .strategies import (Strategy, at_rate, how_to_train, inner_split, moving, prepare, rates, recompute_norms,
-                                training_notes)
+from .strategies import Strategy, how_to_train, moving, prepare, rates, recompute_norms, training_notes
 from .training import by_epoch, dice_of_rows, load_network, plateau, predict_volume, train, weights_hash
 from .unet import build_network
 

@@ -22,7 +22,7 @@ def write(project, tmp_path):
     return change
 
 
-@pytest.mark.parametrize("name", ["smoke", "ct-ich"])
+@pytest.mark.parametrize("name", ["smoke", "ct-ich", "tuning"])
 def test_committed_studies_are_right(project, name):
     study = read_study(project / f"paper/studies/{name}.yaml")
     assert study.study == name and expand_runs(study)

@@ -6,17 +6,18 @@ import sys
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from monai.losses import DiceCELoss, DiceLoss
 
 from sahlora.augmentation import NO_AUGMENTATION, Augmentation, augment, bend, bend_mask, displacement, sample_generator, smooth
 from sahlora.checkpoint import Checkpoint, differences, find_checkpoint
-from sahlora.cohort import Case, write_cohort
+from sahlora.cohort import Case, make_phantom_cohort, write_cohort
 from sahlora.files import load_tensors, save_tensors
 from sahlora.slices import BalancedBatches, open_store, pack, unpack
 from sahlora.training import (Training, batch_dice, ct_to_images, load_network, make_loss, make_training, pad_to_multiple, predict,
-                              save_network, train, training_facts, weights_hash)
+                              pretrain, save_network, train, training_facts, weights_hash)
 from sahlora.unet import MultiViewUnet, Unet
 
 PLAIN = Training(steps=4, batch_size=4, precision="fp32", augmentation=NO_AUGMENTATION)
@@ -386,6 +387,44 @@ def test_a_full_disk_keeps_the_last_checkpoint(store, tmp_path, monkeypatch):
     assert checkpoint.path.read_bytes() == kept and [p.name for p in tmp_path.iterdir()] == ["run.safetensors"]
 
 
+MANY = """
+import resource, sys
+import numpy as np
+import pandas as pd
+from sahlora.cohort import Cohort
+from sahlora.slices import open_store
+from sahlora.training import Training, train
+from sahlora.unet import MultiViewUnet
+store = open_store(Cohort.read(sys.argv[1]))
+train(MultiViewUnet(levels=2), store, np.arange(len(store)), Training(steps=20), quiet=True)
+print(len(set(store.patients)), len(store), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def many_cases(folder, cases):
+    "Patients, slices and peak MiB of a process that trains on so many links to two phantoms."
+    few = make_phantom_cohort(folder / "few", "asah", cases=2, seed=0)  # kept, for the second time
+    for kind in ("images", "labels"):
+        (folder / f"{cases}/{kind}").mkdir(parents=True)
+    rows = few.table.loc[np.arange(cases) % 2].reset_index(drop=True)
+    for column in ("image", "label"):
+        for k, name in enumerate(rows[column]):
+            (folder / f"{cases}/{column}s/{k}.nii.gz").symlink_to((few.folder / name).resolve())
+        rows[column] = [f"{column}s/{k}.nii.gz" for k in range(cases)]
+    rows["case"] = rows["patient"] = [f"p{k:04}" for k in range(cases)]
+    rows.to_csv(folder / f"{cases}/cohort.csv", index=False)
+    done = subprocess.run([sys.executable, "-c", MANY, str(folder / str(cases))], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [int(word) for word in done.stdout.split()[-3:]]
+
+
+@pytest.mark.parametrize("cases", [20, pytest.param(2000, marks=pytest.mark.slow)])
+def test_memory_does_not_grow_with_the_cases(tmp_path, cases):
+    small, large = many_cases(tmp_path, 4), many_cases(tmp_path, cases)
+    assert large[:2] == [cases, 28 * cases] and large[2] < 4096, "4 GiB at most"
+    assert large[2] < small[2] + 150, "what a case adds is a row of a table"
+
+
 # --- networks on disk ---------------------------------------------------------------------------------------------
 
 
@@ -411,3 +450,13 @@ def test_altered_weights_are_refused(tmp_path):
 def test_predict_does_not_depend_on_the_batch_size():
     net, x = network(), torch.rand(7, 1, 16, 16)
     assert torch.allclose(predict(net, x, 2), predict(net, x, 7), atol=1e-7)
+
+
+def test_pretraining_stops_early_on_patients_of_its_own(tmp_path):
+    cohort = make_phantom_cohort(tmp_path / "c", "tbi", cases=5, seed=1, grid=(32, 40))
+    history = pretrain(cohort, tmp_path / "out", {"name": "multi-view-unet", "levels": 1},
+                       {"steps": 400, "batch_size": 32, "learning_rate": 0.05, "patience": 2}, quiet=True)
+    assert "validation" in history and len(history) < 400
+    epochs = pd.read_csv(tmp_path / "out/epochs.csv")
+    assert epochs.loss.iloc[0] == pytest.approx(history.loss[history.epoch == 1].mean()) and len(epochs) == history.epoch.max()
+    assert epochs.validation.to_numpy() == pytest.approx(history.validation.dropna().to_numpy())

@@ -18,9 +18,9 @@ from sahlora.adapters import adapt, load_adapter
 from sahlora.cohort import Case, Cohort, make_phantom_cohort, write_cohort
 from sahlora.evaluation import dice
 from sahlora.files import load_tensors, read_json
-from sahlora.folds import Fold, kfold
+from sahlora.folds import Fold, inner_split, kfold
 from sahlora.slices import open_store
-from sahlora.strategies import Strategy, inert_magnitudes, inner_split, moving, prepare, recompute_norms
+from sahlora.strategies import Strategy, inert_magnitudes, moving, prepare, recompute_norms
 from sahlora.training import (Training, load_network, predict, predict_volume, pretrain, save_network, set_training_mode, train,
                               weights_hash)
 from sahlora.transfer import collapse, cross_validate

@@ -6,7 +6,7 @@
 __all__ = ['NIFTI', 'DICOM', 'LOOKED_FOR', 'CASE_COLUMNS', 'load_model', 'find_cases', 'case_row', 'failed_row', 'whole_folder',
            'remove_leftovers', 'CaseOptions', 'input_hash', 'is_dicom_scan', 'CaseRun', 'predict_cases']
 
-# %% ../../nbs/60_prediction.cases.ipynb #95af039b
+# %% ../../nbs/60_prediction.cases.ipynb #86fb9a3f
 import errno
 import inspect
 import json
@@ -32,7 +32,7 @@ from ..ct.core import stack_spacing
 from ..ct.nifti import StoredNifti
 from ..figures import save_figure
 from ..files import file_hash, load_tensors, object_hash, plain_words, read_json, write_csv, write_json
-from ..hardware import choose_device, choose_precision, run_facts
+from ..hardware import choose_device, choose_precision, keep_memory, run_facts
 from .scan import InputSpec, Prediction, check_numbers, predict_scan
 from .sheet import CAUTION
 from ..training import load_network
@@ -442,7 +442,7 @@ def _carry_out(run: _Run, cases: Mapping[str, Path], todo: Mapping[str, Path], r
                                       "counts": counts, "errors": result.errors})
     return result
 
-# %% ../../nbs/60_prediction.cases.ipynb #f7a36e4e
+# %% ../../nbs/60_prediction.cases.ipynb #6d79f326
 def predict_cases(path: str | Path, model: str | Path, out: str | Path, *, adapter: str | Path | None = None,
                   save_probabilities: bool = False, tta: bool = False, threshold: float = 0.5, device: str = "auto",
                   batch: int | None = None, precision: str = "auto", dicom_seg: bool = False, overwrite: bool = False,
@@ -455,6 +455,7 @@ def predict_cases(path: str | Path, model: str | Path, out: str | Path, *, adapt
     path, model, out, adapter = Path(path), Path(model), Path(out), Path(adapter) if adapter else None
     options = CaseOptions(threshold, tta, precision, save_probabilities, dicom_seg, read_options)
     check_numbers(threshold, batch)
+    keep_memory()
     cases = find_cases(path, skip=(out,))
     net, header = load_model(model, adapter)
     run = _Run(net, InputSpec.from_header(header), options, _settings(model, adapter, options), device, batch, out,

@@ -1,0 +1,308 @@
+"""The ledger: each claim can get each verdict, and says what may be written. All tables here are invented."""
+import json
+import math
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sahlora.claims import (CLAIMS, VERDICTS, Claim, Plan, comparable, count_parameters, equal_parameter_pairs,
+                            equal_rank_pairs, gather, judge, ledger_table, method_scores)
+from sahlora.statistics import equivalence, paired, spearman
+
+PER_RANK = {"cp-lora": 615, "lora-c": 4929, "convlora": 3393}
+RANKS = (2, 8, 32)
+PLAN = Plan(adapters=list(PER_RANK))
+
+
+def study(gains=None, slope=0.1, patients=24, noise=0.03, seeds=(0, 1), seed=0, ranks=RANKS):
+    "(table, trainable): `gains` per method, or per (method, rank), on top of 0 for none, 0.1 for the rest."
+    rng, gains = np.random.default_rng(seed), gains or {}
+    ml = rng.lognormal(3.4, 0.8, patients)
+    level = 0.4 + slope * np.log(ml / 30) + rng.normal(0, 0.04, patients)
+    runs, rows = [("none", None, ""), ("fine-tuning", None, "decoding")], []
+    runs += [(m, r, "decoding") for m in PER_RANK for r in ranks]
+    for method, rank, region in runs:
+        gain = gains.get((method, rank), gains.get(method, 0.0 if method == "none" else 0.1))
+        name = method + (f"-r{rank}" if rank else "") + (f"-{region}" if region else "")
+        rows += [{"study": "invented", "method": method, "rank": rank, "region": region, "seed": s, "fold": i % 3,
+                  "role": "test", "patient": f"p{i:02d}", "run": f"{name}-s{s}", "volume_ml": ml[i],
+                  "dice_soft": level[i] + gain + rng.normal(0, noise)} for s in seeds for i in range(patients)]
+    trainable = {f"{m}-r{r}-decoding-s{s}": count * r for m, count in PER_RANK.items() for r in ranks for s in seeds}
+    return pd.DataFrame(rows), trainable
+
+
+PAPER = {m: 0.15 for m in PER_RANK} | {(m, r): gain for m in PER_RANK for r, gain in ((2, 0.1), (32, 0.18))}
+AGAINST = {"none": 0.3, "fine-tuning": 0.2} | {(m, r): gain - 0.06 * (m == "cp-lora") for m in PER_RANK
+                                             for r, gain in ((2, 0.1), (8, 0.05), (32, 0.0))}
+SAME = {name: 0.0 for name in ("none", "fine-tuning", *PER_RANK)}
+
+
+def test_every_claim_can_be_supported():
+    assert [claim.verdict for claim in judge(*study(PAPER), PLAN)] == ["supported"] * 5
+
+
+def test_every_claim_can_be_contradicted():
+    assert [claim.verdict for claim in judge(*study(AGAINST, slope=-0.1), PLAN)] == ["contradicted"] * 5
+
+
+def test_every_claim_can_be_inconclusive():
+    claims = judge(*study(SAME, slope=0, noise=0.2, seed=3), PLAN)
+    assert [claim.verdict for claim in claims] == ["inconclusive"] * 5 and all(claim.reason for claim in claims)
+    assert all(claim.p is not None for claim in claims)
+
+
+def test_every_claim_can_be_untested_and_says_why():
+    table, trainable = study()
+    alone = table[(table.method == "cp-lora") & (table["rank"] == 8)].drop(columns="volume_ml")
+    claims = judge(alone, trainable, PLAN)
+    assert [claim.verdict for claim in claims] == ["not tested"] * 5
+    assert all(claim.p is None and claim.effect is None and claim.n is None for claim in claims)
+    said = ("none was not run", "fine-tuning-decoding was not run", "no volume", "lora-c", "up to 2")
+    for claim, words in zip(claims, said):
+        assert words in claim.sentence, claim.sentence
+
+
+def test_verdicts_are_words_of_the_list_and_numbers_are_those_of_the_paper():
+    assert VERDICTS == ("supported", "contradicted", "inconclusive", "not tested") and list(CLAIMS) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("patients", [1, 2, 3, 5])
+def test_few_patients_are_inconclusive_without_p(patients):
+    for world in (PAPER, AGAINST):
+        claims = judge(*study(world, patients=patients), PLAN)
+        assert {claim.verdict for claim in claims[:2] + claims[3:]} == {"inconclusive"}
+        assert claims[2].verdict == ("not tested" if patients == 1 else "inconclusive")
+        assert all(claim.p is None for claim in claims)
+        assert not re.search(r"\bp [=<]", " ".join(claim.sentence for claim in claims))
+        assert all(entry.get(key) is None for claim in claims for entry in claim.details
+                   for key in ("p", "p_holm", "p_lower", "p_worse", "p_worse_holm", "p_rising"))
+
+
+def test_a_plan_may_ask_for_more_patients():
+    claims = judge(*study(PAPER, patients=9), PLAN.model_copy(update={"minimum": 10}))
+    assert {claim.verdict for claim in claims} == {"inconclusive"} and all(claim.p is None for claim in claims)
+    assert all("too few patients: 9, the plan asks for 10" in claim.sentence for claim in claims)
+
+
+# the plan
+
+@pytest.mark.parametrize("wrong", [{"margn": 0.1}, {"margin": 0}, {"ranks": [0]}, {"strictly_low": 32}, {"minimum": 5},
+                                   {"alpha": "1e-2"}, {"equal_rank_pairs": [["a"]]}, {"adapters": []}])
+def test_a_plan_is_checked(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Plan(**wrong)
+
+
+def test_a_plan_is_frozen_and_goes_to_json_and_back():
+    plan = Plan(margin=0.05, equal_rank_pairs=[["cp-lora-r8-decoding", "lora-c-r8-decoding"]])
+    assert Plan(**json.loads(json.dumps(plan.model_dump()))) == plan
+    with pytest.raises(ValueError, match="frozen"):
+        plan.margin = 0.1
+
+
+# the numbers
+
+def test_claims_rest_on_the_tests_of_patients_means():
+    table, trainable = study(PAPER)
+    claims = judge(table, trainable, PLAN)
+    scores = table.groupby(["patient", "method", "rank"], dropna=False).dice_soft.mean().unstack(["method", "rank"])
+    methods = pd.DataFrame({m: scores[m].mean(axis=1) for m in PER_RANK})
+    none, tuned = scores["none"].iloc[:, 0], scores["fine-tuning"].iloc[:, 0]
+    first = paired(methods.assign(tuned=tuned).mean(axis=1), none)
+    assert (claims[0].effect, claims[0].interval) == (pytest.approx(first.difference), pytest.approx(first.interval))
+    second = paired(methods.mean(axis=1), tuned)
+    assert (claims[1].effect, claims[1].p) == (pytest.approx(second.difference), pytest.approx(second.p))
+    ml = table.groupby("patient").volume_ml.first()
+    rhos = [spearman(ml, column).rho for column in (*methods.to_numpy().T, none, tuned)]
+    assert claims[2].effect == pytest.approx(min(rhos)) and len(claims[2].details) == 5
+    assert claims[2].p == pytest.approx(max(spearman(ml, x).p for x in (*methods.to_numpy().T, none, tuned)))
+    fourth = [equivalence(scores["cp-lora"][a], scores[m][b], 0.03) for m, a, b in
+              (("lora-c", 8, 8), ("convlora", 8, 8), ("lora-c", 32, 8), ("convlora", 32, 8))]
+    assert claims[3].p == pytest.approx(max(test.p_lower for test in fourth)) and len(claims[3].details) == 4
+    fifth = paired(scores.xs(32, axis=1, level=1).mean(axis=1), scores.xs(2, axis=1, level=1).mean(axis=1))
+    assert claims[4].effect == pytest.approx(fifth.difference)
+
+
+def test_every_number_in_a_sentence_is_the_claims_own():
+    for claim in judge(*study(PAPER), PLAN)[:2]:
+        assert f"{claim.effect:.3f}" in claim.sentence and f"{claim.interval[0]:.3f}" in claim.sentence
+        assert f"n = {claim.n}" in claim.sentence and "p < 0.001" in claim.sentence
+    against = judge(*study(AGAINST, slope=-0.1), PLAN)
+    assert "lower soft Dice than no fine-tuning" in against[0].sentence and "fell" not in against[2].sentence
+    assert "4 of 4 methods alone were significantly lower" in against[0].sentence
+
+
+def test_order_of_rows_and_seed_suffixes_do_not_matter():
+    table, trainable = study(PAPER)
+    one, other = judge(table, trainable, PLAN), judge(table.sample(frac=1, random_state=0), trainable, PLAN)
+    for a, b in zip(one, other):
+        assert (a.verdict, a.effect, a.interval) == (b.verdict, pytest.approx(b.effect), pytest.approx(b.interval))
+    without = {name.removesuffix("-s0"): count for name, count in trainable.items() if name.endswith("-s0")}
+    assert judge(table.drop(columns="run"), without, PLAN) == one
+
+
+def test_fit_rows_and_strategies_without_ranks_do_not_disturb():
+    table, trainable = study(PAPER)
+    fit = table.assign(role="fit", dice_soft=0.99)
+    one = table.assign(rank=table["rank"].fillna(8))  # a rank that means nothing for none and fine-tuning
+    assert judge(pd.concat([table, fit]), trainable, PLAN) == judge(table, trainable, PLAN)
+    for a, b in zip(judge(one, trainable, PLAN), judge(table, trainable, PLAN)):
+        assert (a.verdict, a.effect) == (b.verdict, b.effect)
+
+
+def test_missing_scores_are_dropped_in_pairs_and_counted():
+    table, trainable = study(PAPER)
+    table.loc[(table.patient == "p03"), "dice_soft"] = math.nan  # both masks empty, whatever the method
+    table.loc[(table.patient == "p04") & (table.run == "cp-lora-r8-decoding-s0"), "dice_soft"] = math.nan  # one seed
+    table.loc[(table.patient == "p05") & (table.method == "convlora"), "dice_soft"] = math.nan
+    claims = judge(table, trainable, PLAN)
+    assert [(claim.n, claim.dropped) for claim in claims[:2]] == [(22, 2), (22, 2)]
+    assert {entry["name"]: entry["n"] for entry in claims[1].details} == {"cp-lora-decoding": 23, "lora-c-decoding": 23,
+                                                                         "convlora-decoding": 22}
+    assert all(claim.verdict == "supported" for claim in claims)
+
+
+def test_a_method_is_the_mean_over_the_same_ranks_for_every_patient():
+    table, trainable = study(PAPER)
+    table.loc[(table.patient == "p05") & (table.method == "convlora") & (table["rank"] == 2), "dice_soft"] = math.nan
+    methods = method_scores(gather(table, trainable, PLAN))
+    assert methods.isna().sum().to_dict() == {**dict.fromkeys(methods, 0), "convlora-decoding": 1}
+
+
+# single rules
+
+def test_one_method_that_is_worse_keeps_the_claim_open():
+    table, trainable = study({"cp-lora": 0.3, "lora-c": 0.3, "convlora": 0.05})
+    claim = judge(table, trainable, PLAN)[1]
+    assert claim.verdict == "inconclusive" and "significantly lower with convlora-decoding" in claim.sentence
+
+
+def test_a_small_difference_is_called_small():
+    claim = judge(*study(noise=0.02), PLAN)[1]
+    assert claim.verdict == "inconclusive" and "any difference is smaller than 0.03" in claim.sentence
+
+
+def test_what_the_study_could_have_shown_is_said():
+    claim = judge(*study(SAME, noise=0.2, seed=3), PLAN)[1]
+    assert re.search(r"24 patients would show a difference of 0\.\d{3} in four of five studies", claim.sentence)
+
+
+def test_volume_needs_blood_and_leaves_out_who_has_none():
+    table, trainable = study(PAPER)
+    table.loc[table.patient == "p00", ["volume_ml", "dice_soft"]] = 0
+    table.loc[table.patient == "p01", "volume_ml"] = math.nan
+    claim = judge(table, trainable, PLAN)[2]
+    assert (claim.n, claim.dropped) == (22, 2) and "2 patients without blood, volume or score" in claim.sentence
+    assert judge(table.assign(volume_ml=40.0), trainable, PLAN)[2].verdict == "not tested"
+
+
+def test_one_method_against_the_trend_contradicts_every():
+    table, trainable = study(PAPER)
+    order = table.groupby("patient").volume_ml.first().rank()
+    down = table.run.str.startswith("convlora")
+    table.loc[down, "dice_soft"] = 1 - table.patient.map(order)[down] / 40
+    claim = judge(table, trainable, PLAN)[2]
+    assert claim.verdict == "contradicted" and claim.effect == pytest.approx(-1) and "convlora-decoding" in claim.reason
+
+
+def test_a_constant_score_is_no_trend():
+    table, trainable = study(PAPER)
+    table.loc[table.method == "none", "dice_soft"] = 0.0
+    claim = judge(table, trainable, PLAN)[2]
+    assert claim.verdict == "inconclusive" and "4 of 5" in claim.reason and claim.p is None
+
+
+def test_pairs_of_equal_rank_and_of_near_parameter_counts():
+    evidence, others = gather(*study(PAPER), PLAN), [f"{m}-r8-decoding" for m in ("lora-c", "convlora")]
+    assert equal_rank_pairs(evidence, PLAN) == [("cp-lora-r8-decoding", name) for name in others]
+    assert equal_parameter_pairs(evidence, PLAN) == [("cp-lora-r32-decoding", name) for name in others]
+    assert [round(evidence.trainable[name] / 19680, 2) for name in others] == [2.0, 1.38]
+    assert equal_parameter_pairs(evidence, PLAN.model_copy(update={"near": 1.2})) == []
+    pair = ["cp-lora-r32-decoding", "lora-c-r2-decoding"]
+    own = PLAN.model_copy(update={"equal_parameter_pairs": [pair, ["x", "y"]]})
+    assert equal_parameter_pairs(evidence, own) == [tuple(pair)]
+
+
+def test_half_of_claim_4_is_not_enough():
+    table, trainable = study(PAPER)
+    narrow = judge(table, trainable, PLAN.model_copy(update={"near": 1.2}))[3]
+    assert narrow.verdict == "inconclusive" and "at equal parameters" in narrow.reason
+    unknown = judge(table, {}, PLAN)[3]
+    assert unknown.verdict == "inconclusive" and {entry["parameters"] for entry in unknown.details} == {None}
+    lacking = judge(table[table.method != "convlora"], trainable, PLAN)[3]
+    assert lacking.verdict == "inconclusive" and "convlora" in lacking.reason
+    worse = judge(*study({**PAPER, ("cp-lora", 8): 0.02}), PLAN.model_copy(update={"near": 1.2}))[3]
+    assert worse.verdict == "contradicted", "worse at equal rank is worse, whatever else was not run"
+
+
+def test_no_fewer_parameters_contradict_claim_4():
+    table, trainable = study(PAPER)
+    many = {name: 10 ** 6 if name.startswith("cp-lora") else count for name, count in trainable.items()}
+    claim = judge(table, many, PLAN)[3]
+    assert claim.verdict == "contradicted"
+    assert "no fewer parameters at equal rank than lora-c-r8-decoding" in claim.reason
+
+
+def test_better_than_the_margin_is_not_worse():
+    claim = judge(*study({**PAPER, ("cp-lora", 8): 0.3, ("cp-lora", 32): 0.35}), PLAN)[3]
+    assert claim.verdict == "supported" and not any(entry["equivalent"] for entry in claim.details)
+
+
+def test_parameters_of_claim_4_are_reported():
+    evidence = gather(*study(PAPER), PLAN)
+    entries = [entry for entry in comparable(evidence, PLAN) if entry["kind"] == "equal rank"]
+    assert [(entry["parameters"], entry["parameters_than"]) for entry in entries] == [(4920, 39432), (4920, 27144)]
+    assert "82 to 88 % fewer parameters at equal rank" in judge(*study(PAPER), PLAN)[3].sentence
+
+
+def test_low_and_high_ranks_are_those_of_the_plan():
+    table, trainable = study(PAPER)
+    assert judge(table, trainable, PLAN.model_copy(update={"over": 33}))[4].verdict == "not tested"
+    both = judge(table, trainable, PLAN.model_copy(update={"strictly_low": 2, "over": 8}))[4]
+    assert both.verdict == "supported" and "ranks of 8 and above" in both.sentence.lower()
+    page = judge(table, trainable, PLAN)[4].details[-1]
+    assert page["name"].startswith("Page") and page["groups"] == 3 and page["p_rising"] < 0.001
+
+
+def test_ranks_that_stand_for_a_method():
+    evidence = gather(*study(PAPER), PLAN)
+    np.testing.assert_allclose(method_scores(evidence, [8])["cp-lora-decoding"], evidence.scores["cp-lora-r8-decoding"])
+    only = judge(*study(PAPER), PLAN.model_copy(update={"ranks": [64]}))[1]
+    assert only.verdict == "not tested" and "any adapter of the plan was not run" in only.reason
+
+
+# what can not be read
+
+def test_two_ways_to_run_one_strategy_are_refused():
+    table, trainable = study(PAPER)
+    again = table[table.run == "cp-lora-r8-decoding-s0"].assign(run="cp-lora-r8-decoding-extras-s0")
+    with pytest.raises(ValueError, match="cp-lora-r8-decoding, cp-lora-r8-decoding-extras share"):
+        judge(pd.concat([table, again]), trainable, PLAN)
+    with pytest.raises(ValueError, match="615 and 700"):
+        count_parameters({"cp-lora-r1-decoding-s0": 615, "cp-lora-r1-decoding-s1": 700})
+    with pytest.raises(ValueError, match="no column dice_soft"):
+        judge(table.drop(columns="dice_soft"), trainable, PLAN)
+
+
+# showing
+
+def test_the_ledger_goes_to_json_and_shows_itself():
+    for world in (study(PAPER), study(SAME, patients=3), study(SAME, noise=0)):
+        claims = judge(*world, PLAN)
+        assert json.loads(json.dumps([claim.facts() for claim in claims], allow_nan=False))
+        table = ledger_table(claims)
+        assert list(table.number) == [1, 2, 3, 4, 5] and table.sentence.str.endswith(".").all()
+        assert all(claim._repr_markdown_().startswith(f"**{claim.number}. ") for claim in claims)
+    assert isinstance(claims[0], Claim) and "no patient differs" in claims[1].reason
+
+
+@pytest.mark.slow
+def test_false_verdicts_of_claims_1_2_and_5_are_rare():
+    "Nothing has an effect: each of the three claims gets a verdict, either way, in about 5 % of 400 studies at most."
+    ledgers = (judge(*study(SAME, slope=0, noise=0.1, seed=s), PLAN) for s in range(400))
+    words = np.array([[claim.verdict for claim in ledger] for ledger in ledgers])
+    decided = (words != "inconclusive").mean(axis=0)
+    print("studies with a verdict on claims 1 to 5, nothing being true:", decided)
+    assert decided[[0, 1, 4]].max() <= 0.075 and (words[:, 2] == "supported").mean() <= 0.05
