@@ -29,6 +29,7 @@ from adapters import SETTINGS, processor, shown, table, write
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import sahlora.training
 from sahlora.cohort import Cohort, make_phantom_cohort
 from sahlora.folds import Fold
 from sahlora.hardware import choose_device, choose_precision, keep_memory
@@ -117,21 +118,18 @@ def plain_loop(data: Slices, slices: int) -> Callable[[], None]:
 # --- ours ---------------------------------------------------------------------------------------------------------
 
 
-def our_loop(store: SliceStore, strategy: Strategy, steps: int) -> Callable[[], None]:
-    "A job that trains by a strategy, from a new optimizer on."
+def our_loop(store: SliceStore, strategy: Strategy, whole_graph: bool = False) -> Callable[[], object]:
+    """A job that trains by a strategy, from a new optimizer on.
+
+    `whole_graph`: with gradients through the frozen part too, for which an input that wants one is enough.
+    """
     torch.manual_seed(0)
     net = MultiViewUnet(levels=2)
     prepare(net, strategy)
+    if whole_graph:
+        net.register_forward_pre_hook(lambda module, inputs: (inputs[0].detach().requires_grad_(),))
     how = how_to_train(strategy, 1e-3, 0)
     return lambda: train(net, store, np.arange(len(store)), how, quiet=True)
-
-
-def whole_graph(store: SliceStore, strategy: Strategy, steps: int) -> Callable[[], None]:
-    "The same with gradients through the frozen part: an input that wants one keeps the whole graph."
-    job = our_loop(store, strategy, steps)
-    net = job.__closure__[[type(c.cell_contents) for c in job.__closure__].index(MultiViewUnet)].cell_contents
-    net.register_forward_pre_hook(lambda module, inputs: (inputs[0].detach().requires_grad_(),))
-    return job
 
 
 def strategy(method: str, pixels: int, precision: str = "auto") -> Strategy:
@@ -179,7 +177,7 @@ def interleave(jobs: Jobs, rounds: int) -> Seconds:
 
 
 def cohort_of(folder: Path, pixels: int) -> Cohort:
-    "Two phantoms of 256 x 256, or eight of 64 x 80 cut to size by the store's padding."
+    "Two phantoms of 256 x 256, eight of 64 x 64."
     return make_phantom_cohort(folder / str(pixels), "asah", 2 if pixels > 100 else 8, 7, (pixels, pixels), workers=1)
 
 
@@ -190,11 +188,11 @@ def speeds(folder: Path, pixels: int, rounds: int, only: tuple[str, ...] = ()) -
     data = Slices(hu[:, 0].numpy(), masks[:, 0].numpy())
     jobs: dict[str, Callable[[], Callable[[], object]]] = {
         "plain": lambda: plain_loop(data, steps * BATCH),
-        "all": lambda: our_loop(store, strategy("all", pixels), steps),
-        "all, fp32": lambda: our_loop(store, strategy("all", pixels, "fp32"), steps),
-        "decoding": lambda: our_loop(store, strategy("decoding", pixels), steps),
-        **{m: lambda m=m: our_loop(store, strategy(m, pixels), steps) for m in ADAPTERS},
-        "cp-lora, whole graph": lambda: whole_graph(store, strategy("cp-lora", pixels), steps),
+        "all": lambda: our_loop(store, strategy("all", pixels)),
+        "all, fp32": lambda: our_loop(store, strategy("all", pixels, "fp32")),
+        "decoding": lambda: our_loop(store, strategy("decoding", pixels)),
+        **{m: lambda m=m: our_loop(store, strategy(m, pixels)) for m in ADAPTERS},
+        "cp-lora, whole graph": lambda: our_loop(store, strategy("cp-lora", pixels), whole_graph=True),
         "product bf16": lambda: product(torch.bfloat16), "product fp32": lambda: product(torch.float32),
     }  # fmt: skip
     return interleave({name: make() for name, make in jobs.items() if not only or name in only}, rounds)
@@ -260,6 +258,8 @@ def answer(task: str, folder: Path) -> object:
     "What a child prints."
     if os.environ["SAHLORA_BENCHMARK_ALLOCATOR"] == "ours":
         keep_memory()
+    else:
+        sahlora.training.keep_memory = dict  # which `train` calls by itself
     kind, *arguments = task.split(":")
     if kind == "speeds":
         pixels, rounds, only = arguments

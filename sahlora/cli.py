@@ -127,7 +127,7 @@ _FillNan = Annotated[bool, typer.Option("--fill-nan", help="Fill voxels that are
 _AllowGaps = Annotated[bool, typer.Option("--allow-gaps", help="Accept a DICOM series with missing slices.")]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands there already.")]
 
-# %% ../nbs/80_cli.ipynb #4175874f
+# %% ../nbs/80_cli.ipynb #7a49c615
 @cohort.command("make")
 def cohort_make(
     kind: Annotated[str, typer.Option(help="tbi (trauma) or sah (ruptured aneurysm; asah is the same).")],
@@ -142,13 +142,20 @@ def cohort_make(
 
     Example: sahlora cohort make --kind sah --cases 30 --seed 5 --out cohorts/target
     """
-    from sahlora.cohort import cohort_table, make_phantom_cohort
+    from sahlora.cohort import bin_counts, cohort_table, make_phantom_cohort, planned_bins
 
     across, _, back = grid.partition("x")
     if not (across.isdigit() and back.isdigit()):
         raise ValueError(f"--grid {grid!r}: two numbers of pixels are needed, such as --grid 64x80")
+    typer.echo(f"planned scans by mL of blood: {_counts(planned_bins(kind, cases, seed))}")
     made = make_phantom_cohort(out, kind, cases, seed, (int(across), int(back)), slices, workers)
-    typer.echo(f"{cohort_table(made).to_string()}\nsynthetic, no clinical claim")
+    typer.echo(f"{cohort_table(made).to_string()}\nscans by mL of blood: {_counts(bin_counts(made.table.blood_ml))}\n"
+               "synthetic, no clinical claim")
+
+
+def _counts(bins: dict[str, int]) -> str:
+    "Bins in a line."
+    return ", ".join(f"{name}: {count}" for name, count in bins.items())
 
 # %% ../nbs/80_cli.ipynb #6dd1b0f2
 @cohort.command("import")
@@ -295,7 +302,7 @@ def pretrain(
     history = run(Cohort.read(cohort), out, {"name": network}, training, quiet, tensorboard)
     typer.echo(f"{out / 'model.safetensors'}: {len(history)} steps, soft Dice of the last batches {history.dice.tail(20).mean():.3f}")
 
-# %% ../nbs/80_cli.ipynb #51c4e19b
+# %% ../nbs/80_cli.ipynb #d213377f
 @app.command("finetune")
 def finetune(
     base: Annotated[Path, typer.Option(help="Pre-trained weights: model.safetensors.")],
@@ -323,7 +330,7 @@ def finetune(
                         extras, training=_training_options(option, device, workers))
     _finetune(base, cohort, folds, strategy, out, threads, quiet, tensorboard)
 
-
+# %% ../nbs/80_cli.ipynb #df96e0fb
 def _finetune(base: Path, cohort: Path, folds: Path | None, strategy: "Strategy", out: Path, threads: int | None,
               quiet: bool, tensorboard: Path | None) -> None:
     from sahlora.cohort import Cohort

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'BINS', 'Case', 'voxel_hash', 'compact', 'write_cohort', 'window_of', 'to_hu', 'check_grid', 'check_binary',
-           'Cohort', 'make_phantom_cohort', 'volume_bin', 'describe_cohort', 'scan_size', 'cohort_table',
-           'richest_slice', 'cohort_pictures']
+           'Cohort', 'volume_bin', 'bin_counts', 'planned_bins', 'make_phantom_cohort', 'describe_cohort', 'scan_size',
+           'cohort_table', 'richest_slice', 'cohort_pictures']
 
-# %% ../nbs/12_cohort.ipynb #c71f8df0
+# %% ../nbs/12_cohort.ipynb #ae07f02f
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
@@ -23,7 +23,7 @@ import pandas as pd
 from .ct import HeadCT, read_nifti, write_nifti
 from .ct.nifti import Nifti
 from .files import file_hash, read_json, write_csv, write_json
-from .phantom import case_key, make_case
+from .phantom import case_key, make_case, planned_ml
 
 # %% ../nbs/12_cohort.ipynb #e267120a
 COLUMNS = ("case", "patient", "site", "image", "label", "intensity", "spacing", "blood_ml", "sha256", "voxels")
@@ -241,23 +241,6 @@ def _write_phantom(folder: Path, kind: str, seed: int, index: int, grid: tuple[i
     write_json(done, {"key": key, "row": row, "files": [file_hash(folder / row[name]) for name in ("image", "label")]})
     return row
 
-# %% ../nbs/12_cohort.ipynb #69206ee2
-def make_phantom_cohort(folder: str | Path, kind: str, cases: int, seed: int, grid: tuple[int, int] = (64, 80),
-                        slices: int = 28, workers: int = 1) -> Cohort:
-    """Write `cases` procedural head CTs of `kind` ("tbi" or "asah") as a cohort; synthetic, no clinical claim.
-
-    `grid`: pixels across and front to back of a 160 x 200 mm field; `slices` of 5 mm. Patients are named by kind,
-    number and seed. Cases that stand there already, made by the same code, are kept. Raises: ValueError for an unknown kind or an odd grid.
-    """
-    folder, jobs = Path(folder), [(kind, seed, index, grid, slices) for index in range(cases)]
-    if workers == 1:
-        rows = [_write_phantom(folder, *job) for job in jobs]
-    else:
-        with ProcessPoolExecutor(workers) as pool:
-            rows = list(pool.map(_write_phantom, [folder] * cases, *zip(*jobs)))
-    _write_table(folder, rows)
-    return Cohort.read(folder)
-
 # %% ../nbs/12_cohort.ipynb #573b3baf
 BINS = ("0", "<25", "25-50", "50-100", ">100")
 
@@ -269,6 +252,35 @@ def volume_bin(ml: float) -> str:
     if ml < 0:
         raise ValueError(f"a volume can not be {ml} mL")
     return BINS[0] if ml == 0 else BINS[1 + sum(ml >= edge for edge in (25, 50, 100))]
+
+# %% ../nbs/12_cohort.ipynb #de47160b
+def bin_counts(volumes: Iterable[float]) -> dict[str, int]:
+    "How many of some volumes (mL) lie in each bin, empty bins too; 'unknown' where there are any."
+    found = [volume_bin(ml) for ml in volumes]
+    return {name: found.count(name) for name in (*BINS, "unknown") if name in BINS or name in found}
+
+
+def planned_bins(kind: str, cases: int, seed: int) -> dict[str, int]:
+    "Scans by volume bin (BINS) that a cohort of the phantom asks for; nothing is built."
+    return bin_counts(planned_ml(kind, seed, cases))
+
+# %% ../nbs/12_cohort.ipynb #41ffd267
+def make_phantom_cohort(folder: str | Path, kind: str, cases: int, seed: int, grid: tuple[int, int] = (64, 80),
+                        slices: int = 28, workers: int = 1) -> Cohort:
+    """Write `cases` procedural head CTs of `kind` ("tbi" or "asah") as a cohort; synthetic, no clinical claim.
+
+    `grid`: pixels across and front to back of a 160 x 200 mm field; `slices` of 5 mm. Patients are named by kind,
+    number and seed. Cases that stand there already, made by the same code, are kept.
+    Raises: ValueError for an unknown kind or an odd grid.
+    """
+    folder, jobs = Path(folder), [(kind, seed, index, grid, slices) for index in range(cases)]
+    if workers == 1:
+        rows = [_write_phantom(folder, *job) for job in jobs]
+    else:
+        with ProcessPoolExecutor(workers) as pool:
+            rows = list(pool.map(_write_phantom, [folder] * cases, *zip(*jobs)))
+    _write_table(folder, rows)
+    return Cohort.read(folder)
 
 # %% ../nbs/12_cohort.ipynb #d09b9be9
 def describe_cohort(cohort: Cohort) -> dict[str, Any]:

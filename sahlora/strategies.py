@@ -30,9 +30,34 @@ def strategy_words() -> tuple[str, ...]:
     "Every method a Strategy takes; an adapter method that was registered later is among them."
     return (*WHOLE, "fine-tuning", *REGIONS, *METHODS)
 
-# %% ../nbs/41_strategies.ipynb #4543c6e1
+# %% ../nbs/41_strategies.ipynb #602ca48c
+class _Named:
+    "What follows from the words of a strategy."
+
+    @property
+    def is_adapter(self) -> bool:
+        "Whether factors are trained beside frozen weights."
+        return self.method in METHODS
+
+    @property
+    def trains(self) -> bool:
+        "Whether gradients are computed at all."
+        return self.method not in ("none", "norm-stats")
+
+    @property
+    def name(self) -> str:
+        "A name for files and tables, such as cp-lora-r8-decoding."
+        rank, extras = f"-r{self.rank}" if self.is_adapter else "", "-extras" if self.extras else ""
+        return f"{self.method}{rank}{f'-{self.region}' if self.region else ''}{extras}"
+
+    def facts(self) -> dict[str, object]:
+        "Everything that decides its result, as JSON gives it back; how many threads read ahead does not."
+        training = {key: value for key, value in self.training.items() if key != "workers"}
+        return json.loads(json.dumps({**asdict(self), "training": training}))
+
+# %% ../nbs/41_strategies.ipynb #4717749b
 @dataclass(frozen=True)
-class Strategy:
+class Strategy(_Named):
     """How to adapt. `rank`, `alpha`, `extras` and `adapter` matter to adapters only.
 
     `method`: one of `strategy_words()`. `learning_rate`: a number, or candidates, of which each fold chooses one on an
@@ -58,27 +83,6 @@ class Strategy:
         for name, value in _normal(self).items():
             object.__setattr__(self, name, value)
         _check(self)
-
-    @property
-    def is_adapter(self) -> bool:
-        "Whether factors are trained beside frozen weights."
-        return self.method in METHODS
-
-    @property
-    def trains(self) -> bool:
-        "Whether gradients are computed at all."
-        return self.method not in ("none", "norm-stats")
-
-    @property
-    def name(self) -> str:
-        "A name for files and tables, such as cp-lora-r8-decoding."
-        rank, extras = f"-r{self.rank}" if self.is_adapter else "", "-extras" if self.extras else ""
-        return f"{self.method}{rank}{f'-{self.region}' if self.region else ''}{extras}"
-
-    def facts(self) -> dict[str, object]:
-        "Everything that decides its result, as JSON gives it back; how many threads read ahead does not."
-        training = {key: value for key, value in self.training.items() if key != "workers"}
-        return json.loads(json.dumps({**asdict(self), "training": training}))
 
 # %% ../nbs/41_strategies.ipynb #9046518f
 def _normal(strategy: Strategy) -> dict[str, object]:

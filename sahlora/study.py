@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['CohortSpec', 'RateSpec', 'FoldsSpec', 'project_folder', 'project_path', 'Section', 'PhantomSpec', 'CtIchSpec',
-           'FolderSpec', 'TrainingSpec', 'RunSpec', 'FixedFold', 'DrawnFolds', 'Study', 'nearest', 'read_study',
-           'strategy_of', 'expand_runs', 'code_hash', 'check_parameters', 'make_cohort', 'make_folds',
+           'FolderSpec', 'TrainingSpec', 'RunSpec', 'FixedFold', 'DrawnFolds', 'Study', 'nearest', 'claims_plan',
+           'read_study', 'strategy_of', 'expand_runs', 'check_parameters', 'make_cohort', 'make_folds',
            'training_values', 'base_at_hand']
 
-# %% ../nbs/42_study.ipynb #d2019eba
+# %% ../nbs/42_study.ipynb #24908903
 import ast
 import difflib
-import hashlib
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -132,7 +131,7 @@ def _form_of_folds(value: Any) -> str:
 FoldsSpec = Annotated[Annotated[int, Field(ge=2), Tag("number")] | Annotated[FixedFold, Tag("split")]
                       | Annotated[DrawnFolds, Tag("drawn")], Discriminator(_form_of_folds)]
 
-# %% ../nbs/42_study.ipynb #5f4d8be7
+# %% ../nbs/42_study.ipynb #121d84bd
 class Study(Section):
     "A whole study; `folds` is a number (KFold over patients), one fixed split, or how to draw them."
 
@@ -150,6 +149,7 @@ class Study(Section):
     folds: FoldsSpec = 3
     seeds: list[NonNegativeInt] = Field([0], min_length=1)
     runs: list[RunSpec] = Field(min_length=1)
+    claims: dict[str, Any] = {}
 
 # %% ../nbs/42_study.ipynb #8ea3a385
 _PARTS = {"phantom": PhantomSpec, "ct-ich": CtIchSpec, "folder": FolderSpec, "pretrain": TrainingSpec,
@@ -174,7 +174,7 @@ def _explain(error: dict[str, Any]) -> str:
         hint = "; YAML reads 1e-3 as text, write 1.0e-3" if "e" in str(value).lower() else ""
     return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, not {value!r}{hint}"
 
-# %% ../nbs/42_study.ipynb #2cb9757e
+# %% ../nbs/42_study.ipynb #73df6db9
 def _say_where(where: str, function: Callable[..., object], *arguments: object) -> None:
     "Call a function that checks; its errors get the place in the file in front. Raises: ValueError."
     try:
@@ -183,6 +183,19 @@ def _say_where(where: str, function: Callable[..., object], *arguments: object) 
         raise ValueError(f"{where}: {error}") from error
 
 
+def claims_plan(study: Study) -> "Plan":
+    "How the paper's claims are tested, fixed in the study file. Raises: ValueError that names the key."
+    from sahlora.claims import Plan
+
+    try:
+        return Plan.model_validate(study.claims)
+    except ValidationError as error:
+        one = error.errors()[0]
+        name, known = ".".join(map(str, one["loc"])), list(Plan.model_fields)
+        hint = f"did you mean {nearest(name, known)!r}? There are: {', '.join(known)}" if one["type"] == "extra_forbidden" else one["msg"]
+        raise ValueError(f"{name}: {hint}") from error
+
+# %% ../nbs/42_study.ipynb #132793a3
 def _try_row(study: Study, row: RunSpec) -> None:
     "Prepare the network for every run of a row, without memory for weights. Raises: TypeError, ValueError."
     import torch
@@ -194,7 +207,7 @@ def _try_row(study: Study, row: RunSpec) -> None:
         for run in _expand_row(study, row):
             prepare(build_network(study.network), strategy_of(run))
 
-
+# %% ../nbs/42_study.ipynb #bcfc7700
 def _check_runs(study: Study, where: str) -> None:
     "Raises: ValueError for a method or region that does not exist, and for a run that is listed twice."
     from sahlora.strategies import REGIONS, strategy_words
@@ -202,6 +215,7 @@ def _check_runs(study: Study, where: str) -> None:
     from sahlora.unet import build_network
 
     regions, words = build_network(study.network).regions, strategy_words()
+    _say_where(f"{where}: claims", claims_plan, study)
     for part in ("pretrain", "finetune"):
         _say_where(f"{where}: {part}.options", make_training, getattr(study, part).options)
     for i, run in enumerate(study.runs):
@@ -235,7 +249,7 @@ def read_study(path: str | Path) -> Study:
     _check_runs(study, str(path))
     return study
 
-# %% ../nbs/42_study.ipynb #6e6939a3
+# %% ../nbs/42_study.ipynb #ee797268
 def strategy_of(run: Mapping[str, Any]) -> "Strategy":
     "The Strategy of an expanded run; `candidates` stand instead of its learning rate where there are any."
     from sahlora.strategies import Strategy
@@ -254,7 +268,7 @@ def _rate_at(row: RunSpec, rank: int, default: float) -> tuple[float, list[float
         rate = rate[rank]
     return (rate[0], rate) if isinstance(rate, list) else (rate, [])
 
-
+# %% ../nbs/42_study.ipynb #6eec02eb
 def _expand_row(study: Study, row: RunSpec) -> list[dict[str, Any]]:
     "The runs of one row, in the order seed, region, rank. Raises: ValueError for what a Strategy refuses."
     from sahlora.adapters import METHODS
@@ -274,48 +288,6 @@ def _expand_row(study: Study, row: RunSpec) -> list[dict[str, Any]]:
 def expand_runs(study: Study) -> list[dict[str, Any]]:
     "Runs of a study: a list of id and the parameters of the fine-tuning notebook, in the file's order."
     return [run for row in study.runs for run in _expand_row(study, row)]
-
-# %% ../nbs/42_study.ipynb #4aaa6ef8
-def _tree(source: str) -> ast.Module:
-    "Syntax tree of a module or cell without docstrings; IPython magics are dropped."
-    tree = ast.parse("\n".join(line for line in source.splitlines() if not line.startswith(("%", "!"))))
-    for node in ast.walk(tree):
-        if isinstance(body := getattr(node, "body", None), list):
-            code = [line for line in body if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))]
-            node.body = code or [ast.Pass()]
-    return tree
-
-
-def _imports(tree: ast.Module, package: str) -> Iterator[str]:
-    "Names of sahlora modules that a tree imports, wherever in it; `package` is what its relative imports start from."
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            start = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
-            names = [".".join(filter(None, (*start, node.module)))]
-        else:
-            continue
-        yield from (name for name in names if name.partition(".")[0] == "sahlora")
-
-
-def _module_file(name: str) -> Path:
-    path = Path(__import__("sahlora").__file__).parent.parent / name.replace(".", "/")
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-
-# %% ../nbs/42_study.ipynb #17d2d477
-def code_hash(notebook: str | Path) -> str:
-    "SHA-256 of a notebook's code and of every sahlora module it needs, without comments and docstrings."
-    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-    trees = {"": _tree("\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"))}
-    waiting = list(_imports(trees[""], ""))
-    while waiting:
-        name = waiting.pop()
-        if name not in trees:
-            path = _module_file(name)
-            trees[name] = _tree(path.read_text(encoding="utf-8"))
-            waiting += _imports(trees[name], name if path.name == "__init__.py" else name.rpartition(".")[0])
-    return hashlib.sha256("".join(name + ast.dump(trees[name]) for name in sorted(trees)).encode()).hexdigest()
 
 # %% ../nbs/42_study.ipynb #45df4675
 _PLAIN = {"int": int, "float": (int, float), "str": str, "bool": bool, "dict": dict, "list": list}
@@ -392,7 +364,7 @@ def training_values(study: Study) -> dict[str, Any]:
     values = study.pretrain.model_dump()
     return {**values.pop("options"), **values, "precision": study.precision}
 
-# %% ../nbs/42_study.ipynb #d63467b6
+# %% ../nbs/42_study.ipynb #711836f3
 def base_at_hand(base: str, cohort: str) -> tuple[Path, Path]:
     """Paths of base weights and target cohort; where none is named, the smoke study's, made now if need be.
 
@@ -405,6 +377,12 @@ def base_at_hand(base: str, cohort: str) -> tuple[Path, Path]:
             if not path.exists():
                 raise FileNotFoundError(f"{path}: not there; run the pretrain and cohorts notebooks first")
         return paths
+    # By name: what makes a base for a notebook that is run alone decides nothing in a study, and is no part of its code.
+    return import_module(__name__)._smoke_base()
+
+# %% ../nbs/42_study.ipynb #ff8d43e8
+def _smoke_base() -> tuple[Path, Path]:
+    "Weights and target cohort of the smoke study, made now if they are not there."
     from sahlora.training import pretrain
 
     folder, study = project_path("runs/smoke"), read_study(project_path("paper/studies/smoke.yaml"))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'LOSSES', 'PLATEAU', 'Training', 'make_training', 'training_facts', 'learning_rate',
            'batch_dice', 'make_loss', 'set_training_mode', 'norm_policy', 'read_batches', 'dice_of_rows', 'train',
-           'pad_to_multiple', 'ct_to_images', 'predict', 'predict_volume', 'plateau', 'weights_hash', 'save_network',
-           'load_network', 'median_pixel', 'by_epoch', 'pretrain']
+           'pad_to_multiple', 'ct_to_images', 'predict', 'predict_volume', 'by_epoch', 'plateau', 'weights_hash',
+           'save_network', 'load_network', 'median_pixel', 'pretrain']
 
 # %% ../nbs/40_training.ipynb #da335853
 import difflib
@@ -424,6 +424,13 @@ def predict_volume(net: nn.Module, ct: HeadCT, multiple: int = 4) -> Tensor:
     p = predict(net, ct_to_images(ct.slices(), multiple))[:, 0, :height, :width]
     return p.permute(2, 1, 0)
 
+# %% ../nbs/40_training.ipynb #39e3f323
+def by_epoch(history: pd.DataFrame) -> pd.DataFrame:
+    "One row per epoch (and fold) of a history by steps: last step, mean loss and Dice, learning rate, validation Dice."
+    keys = [key for key in ("fold", "epoch") if key in history]
+    last = {name: (name, "last") for name in ("step", "learning_rate", "validation") if name in history}
+    return history.groupby(keys).agg(loss=("loss", "mean"), dice=("dice", "mean"), **last).reset_index()
+
 # %% ../nbs/40_training.ipynb #7fb69121
 PLATEAU = 0.05  # soft Dice of batches, half of whose slices show blood
 
@@ -468,18 +475,11 @@ def load_network(path: str | Path) -> tuple[nn.Module, dict[str, object]]:
         raise ValueError(f"{path}: the weights do not match the hash in its header; make or copy it again")
     return net.eval(), header
 
-# %% ../nbs/40_training.ipynb #7f64a4eb
+# %% ../nbs/40_training.ipynb #5e22bf5e
 def median_pixel(cohort: Cohort) -> float | None:
     "Median size in mm of the cohort's pixels; None where no spacing is known. A prediction warns where a scan's differ."
     known = cohort.table.image[cohort.table.spacing == "known"]
     return round(float(np.median([scan_size(cohort.folder / image)[1][:2] for image in known])), 4) if len(known) else None
-
-
-def by_epoch(history: pd.DataFrame) -> pd.DataFrame:
-    "One row per epoch (and fold) of a history by steps: last step, mean loss and Dice, learning rate, validation Dice."
-    keys = [key for key in ("fold", "epoch") if key in history]
-    last = {name: (name, "last") for name in ("step", "learning_rate", "validation") if name in history}
-    return history.groupby(keys).agg(loss=("loss", "mean"), dice=("dice", "mean"), **last).reset_index()
 
 
 def pretrain(cohort: Cohort, out: str | Path, network: Mapping[str, object], training: Mapping[str, object],

@@ -125,6 +125,15 @@ def test_a_mistake_of_ours_is_called_one(run, monkeypatch, tmp_path):
     assert done.exit_code == 1 and "KeyError" in done.stderr and "--debug" in done.stderr
 
 
+@pytest.mark.parametrize("kind", ["tbi", "sah"])
+def test_making_a_cohort_prints_its_volume_bins(run, tmp_path, kind):
+    done = run("cohort", "make", "--kind", kind, "--cases", 3, "--grid", "32x40", "--out", tmp_path / kind)
+    assert done.exit_code == 0, done.output
+    planned, found = (line.partition(": ")[2] for line in done.output.splitlines() if "scans by mL of blood" in line)
+    assert planned.startswith("0: ") and ">100: " in found and sum(int(part.split(": ")[1]) for part in found.split(", ")) == 3
+    assert "no clinical claim" in done.output
+
+
 def test_cohort_commands(things, run, tmp_path):
     made = run("cohort", "make", "--kind", "tbi", "--cases", 2, "--seed", 4, "--grid", "32x40", "--slices", 10,
                "--out", tmp_path / "tbi")

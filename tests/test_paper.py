@@ -55,14 +55,14 @@ def planned(done):
 def test_everything_is_there_and_whole(finished):
     report = finished[1] / "smoke/report"
     results = json.loads((report / "results.json").read_text())
-    assert [run["name"] for run in results["runs"]] == ["none", "fine-tuning-decoding", "cp-lora-r8-decoding"]
-    assert [run["trainable"] for run in results["runs"]] == [0, 101_985, 4_920]
-    assert len(results["patients"]) == 9 and results["cohorts"]["source"]["patients"] == 4
+    assert [run["name"] for run in results["runs"]] == ["none", "norm-stats", "fine-tuning-decoding", "cp-lora-r8-decoding"]
+    assert [run["trainable"] for run in results["runs"]] == [0, 0, 101_985, 4_920]
+    assert len(results["patients"]) == 12 and results["cohorts"]["source"]["patients"] == 4
     assert (report / "paper.pdf").read_bytes().startswith(b"%PDF")
     assert {path.name for path in (report / "figures").iterdir()} == {
         f"{name}.svg" for name in ("cohorts", "network", "dice", "curves", "overlays")}
     cost = json.loads((report / "cost.json").read_text())
-    assert all(facts["seconds"] > 0 and facts["threads"] == 1 for facts in cost.values()) and len(cost) == 4
+    assert all(facts["seconds"] > 0 and facts["threads"] == 1 for facts in cost.values()) and len(cost) == 5
 
 
 def test_every_number_of_the_tables_is_in_patients_csv(finished):
@@ -103,7 +103,7 @@ def test_a_changed_parameter_reruns_what_depends_on_it(project, finished, engine
     assert planned(engine(study, finished[1], "--dry-run"))["finetune"] == 1
     study = tiny_study(project, tmp_path / "changed.yaml", **{**TINY, "pretrain": {"steps": 5, "batch_size": 4}})
     plan = planned(engine(study, finished[1], "--dry-run"))
-    assert plan["pretrain"] == 1 and plan["finetune"] == 3 and "cohorts" not in plan
+    assert plan["pretrain"] == 1 and plan["finetune"] == 4 and "cohorts" not in plan
 
 
 def test_two_runs_give_the_same_bytes(finished, engine, tmp_path):

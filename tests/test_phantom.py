@@ -388,12 +388,77 @@ def test_bone_is_bone(built) -> None:
             assert 500 < np.median(head.hu[head.tissue == phantom.TISSUES.index(name)]) < 1300
 
 
+# before partial volume: lattice voxels wholly of a tissue, or all blood; thin tissues by their purest tenth
+BEFORE_HU = {"air": (-1001, -999), "csf": (5, 15), "white": (20, 30), "grey": (37, 45), "oedema": (10, 14),
+             "fat": (-100, -50), "skin": (47, 53), "muscle": (47, 57), "sinus": (47, 65), "table": (900, 1100),
+             "diploe": (700, 900), "calcification": (100, 300), "epidural": (48, 75), "subdural": (48, 75),
+             "contusion": (48, 75), "intraparenchymal": (48, 75), "clot": (48, 75)}
+THIN = ("table", "calcification")
+
+
+def purest(head: phantom.Head) -> dict[str, float]:
+    "HU of a head before the scanner, by tissue and by lesion."
+    found = {}
+    for name in BEFORE_HU:
+        if name in phantom.TISSUES:
+            where = head.tissue == phantom.TISSUES.index(name)
+            where = where if name in THIN else ndimage.binary_erosion(where)
+        else:
+            where = head.lesions.get(name, np.zeros(phantom.FINE)) >= 0.99
+        if where.sum() >= 20:
+            found[name] = float(np.quantile(head.hu[where], 0.9 if name in THIN else 0.5))
+    return found
+
+
+def check_before_partial_volume(heads: list[phantom.Head]) -> set[str]:
+    "Every patient's tissues lie in the ranges, and the middle patient's lesions; the names that were seen."
+    found: dict[str, list[float]] = {}
+    for head in heads:
+        for name, hu in purest(head).items():
+            found.setdefault(name, []).append(hu)
+    for name, hu in found.items():
+        low, high = BEFORE_HU[name]
+        slack = 5 if name in LESION_HU or name == "sinus" else 0  # their density varies between patients
+        assert low <= np.median(hu) <= high and low - slack <= min(hu) and max(hu) <= high + slack, (name, hu)
+    return set(found)
+
+
+def test_hu_before_partial_volume(built) -> None:
+    assert {"air", "csf", "white", "grey", "fat", "muscle", "table", "diploe"} <= check_before_partial_volume(
+        [head for head, _ in built])
+
+
+def test_what_is_painted_is_the_literatures() -> None:
+    asked = {"air": (-1000, -1000), "fat": (-100, -50), "skin": (50, 50), "table": (1000, 1000), "diploe": (800, 800),
+             "csf": (5, 15), "white": (20, 30), "grey": (37, 45), "oedema": (10, 14), "calcification": (100, 300),
+             "sinus": (50, 65), "blood": (48, 75)}
+    assert all(low <= phantom.HU[name] <= high for name, (low, high) in asked.items())
+    clots = [lesion.hu for k in range(200) for lesion in phantom.plan_trauma(SEED, k)]
+    clots += [phantom.plan_bleed(SEED, k).hu for k in range(200)]  # undiluted
+    assert np.mean([48 <= hu <= 75 for hu in clots]) > 0.95 and min(clots) > 44
+
+
+def test_scalp_swells_under_the_blow_only_in_trauma() -> None:
+    blows = [trauma.draw_blow(SEED, k, phantom.plan_trauma(SEED, k)) for k in range(60)]
+    assert 0.4 < np.mean([blow is not None for blow in blows]) < 0.8
+    index, (site, most) = next((k, b) for k, b in enumerate(blows) if b and phantom.plan_trauma(SEED, k))
+    who = lattice.draw_patient("tbi", SEED, index)
+    at = lattice.frame(0.0)
+    p = lattice.head_points(at, who, lattice.stream("tbi", SEED, index, "warp"))
+    d, noise = skull.cavity(p), lattice.noise_fields(at, "tbi", SEED, index)
+    plain, hit = (skull.paint_outside(at, p, d, who, noise, blow) for blow in (None, (site, most)))
+    grown = (plain.hu < -500) & (hit.hu > -300)
+    assert grown.sum() * phantom.FINE_ML > 0.5 and lattice.distance(p, site)[grown].max() < 80
+    assert np.allclose(plain.hu[d > 0], hit.hu[d > 0], atol=0.01)  # nothing changes inside the skull
+
+
 @pytest.mark.slow
 def test_thirty_cases_of_each_kind() -> None:
     cases = [build(kind, 941, index) for kind in phantom.KINDS for index in range(30)]
     found = medians(cases)
     assert set(LESION_HU) <= set(found)
     check_hu(found)
+    assert check_before_partial_volume([head for head, _ in cases]) == set(BEFORE_HU)
     for head, case in cases:
         assert head.blood[head.depth <= 0].max() == 0
         assert np.array_equal(case.blood == 1, phantom.blood_share(head, GRID).transpose(2, 1, 0) >= 0.5)

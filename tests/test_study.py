@@ -1,8 +1,10 @@
 """Study files: every mistake is found before anything runs, and said with the right word."""
+import nbformat
 import pytest
 import yaml
 
-from sahlora.study import check_parameters, code_hash, expand_runs, read_study, strategy_of
+from sahlora.provenance import Reach, code_hash
+from sahlora.study import check_parameters, expand_runs, read_study, strategy_of
 
 
 @pytest.fixture
@@ -38,22 +40,24 @@ def test_committed_studies_are_right(project, name):
     ("folds", 1, "folds"),
     ("source.layout", "dicom", "layout"),
     ("source.kind", "trauma", "'tbi' or 'asah'"),
-    ("runs.2.method", "lora-cp", "did you mean"),
-    ("runs.2.regions", ["decoder"], "did you mean 'decoding'"),
-    ("runs.2.ranks", [8, 8], "stands in it twice"),
-    ("runs.2.ranks", [0], "greater than 0"),
+    ("runs.3.method", "lora-cp", "did you mean"),
+    ("runs.3.regions", ["decoder"], "did you mean 'decoding'"),
+    ("runs.3.ranks", [8, 8], "stands in it twice"),
+    ("runs.3.ranks", [0], "greater than 0"),
     ("network.levels", 0, "levels"),
     ("network.name", "resnet", "multi-view-unet"),
     ("study", "My Study", "study"),
     ("precision", "fp8", "fp32"),
-    ("runs.2.learning_rate", "1e-2", "write 1.0e-3"),
-    ("runs.2.learning_rate", {4: 0.01}, "names ranks 4, but not 8"),
-    ("runs.2.learning_rate", [], "at least 1 item"),
-    ("runs.2.learning_rate", [0.01, -1.0], "greater than 0"),
-    ("runs.1.extras", True, "belong to adapters"),
-    ("runs.2.adapter", {"dropuot": 0.1}, "dropuot"),
+    ("runs.3.learning_rate", "1e-2", "write 1.0e-3"),
+    ("runs.3.learning_rate", {4: 0.01}, "names ranks 4, but not 8"),
+    ("runs.3.learning_rate", [], "at least 1 item"),
+    ("runs.3.learning_rate", [0.01, -1.0], "greater than 0"),
+    ("runs.2.extras", True, "belong to adapters"),
+    ("runs.3.adapter", {"dropuot": 0.1}, "dropuot"),
     ("pretrain.options", {"shedule": "cosine"}, "did you mean 'schedule'"),
     ("finetune.options", {"loss": "focal"}, "dice+ce"),
+    ("claims", {"margn": 0.1}, "did you mean 'margin'"),
+    ("claims", {"strictly_low": 64}, "strictly_low (64) must be below over (32)"),
 ])
 def test_mistakes_are_found_and_named(write, path, value, words):
     with pytest.raises(ValueError) as error:
@@ -109,13 +113,33 @@ def test_code_hashes_of_the_experiments_differ(project):
     assert len({code_hash(path) for path in paths}) == len(paths) == 4
 
 
+def test_a_stage_reaches_what_decides_its_result_and_nothing_else(project):
+    "A better figure or statistic costs no training; a bug mended in the loop reaches all that trained."
+    code = {}
+    for path in sorted((project / "nbs/experiments").glob("*.ipynb")):
+        cells = nbformat.read(path, 4).cells
+        code[path.stem[2:]] = set(Reach("\n".join(cell.source for cell in cells if cell.cell_type == "code")).code)
+    for stage, wanted, alien in (
+        ("cohorts", {"sahlora.phantom.trauma:bleed_trauma", "sahlora.imports:import_ct_ich"}, ("training", "transfer", "statistics", "claims")),
+        ("pretrain", {"sahlora.training:_fit", "sahlora.augmentation:bend", "sahlora.slices:BalancedBatches", "sahlora.unet:M2"},
+         ("transfer", "statistics", "claims", "report")),
+        ("finetune", {"sahlora.training:_fit", "sahlora.strategies:prepare", "sahlora.adapters.cp_lora:CPLoRA", "sahlora.evaluation:surface_distances",
+                      "sahlora.checkpoint:resume"}, ("statistics", "claims", "report")),
+        ("report", {"sahlora.claims:judge", "sahlora.statistics:bca_interval", "sahlora.report:collect"}, ("phantom.trauma",)),
+    ):
+        assert wanted <= code[stage], wanted - code[stage]
+        assert not [key for key in code[stage] if key.startswith(tuple(f"sahlora.{name}:" for name in alien)) and not key.endswith(":")], stage
+
+
 def test_rates_per_rank_candidates_and_regions_by_name(write):
     write("runs.0", {"method": "deep"})
     write("runs.1", {"method": "scratch", "learning_rate": [0.001, 0.01]})
+    write("runs.3", {"method": "norm-stats"})
     study = read_study(write("runs.2", {"method": "cp-lora", "ranks": [2, 8], "learning_rate": {2: 0.02, 8: 0.01}, "extras": True}))
     runs = expand_runs(study)
-    assert [run["id"] for run in runs] == ["fine-tuning-deep-s0", "scratch-s0", "cp-lora-r2-decoding-extras-s0", "cp-lora-r8-decoding-extras-s0"]
-    assert [strategy_of(run).learning_rate for run in runs] == [0.001, (0.001, 0.01), 0.02, 0.01]
+    assert [run["id"] for run in runs] == ["fine-tuning-deep-s0", "scratch-s0", "cp-lora-r2-decoding-extras-s0", "cp-lora-r8-decoding-extras-s0",
+                                        "norm-stats-s0"]
+    assert [strategy_of(run).learning_rate for run in runs[:4]] == [0.001, (0.001, 0.01), 0.02, 0.01]
     assert strategy_of(runs[2]).alpha is None and strategy_of({**runs[2], "alpha": 16.0}).alpha == 16
     with pytest.raises(ValueError, match="names a region already"):
         read_study(write("runs.0", {"method": "deep", "regions": ["all"]}))

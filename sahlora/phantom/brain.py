@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RADII', 'HORNS', 'TEMPORAL', 'DURA_MM', 'NUCLEI', 'ARTERIES', 'CALCIFIED', 'fold_lattice', 'fold_distance',
-           'midsagittal', 'callosum', 'sylvian', 'cisterns', 'ventricles', 'tentorium', 'posterior_fossa', 'Brain',
-           'cortical_csf', 'hindbrain', 'build_brain', 'paint_cerebellum', 'paint_brain', 'paint_vessels']
+           'midsagittal', 'callosum', 'sylvian', 'midbrain', 'cisterns', 'ventricles', 'tentorium', 'posterior_fossa',
+           'Brain', 'cortical_csf', 'hindbrain', 'build_brain', 'paint_cerebellum', 'paint_brain', 'paint_vessels']
 
 # %% ../../nbs/11_phantom.brain.ipynb #f3e55d4f
 from dataclasses import dataclass
@@ -63,7 +63,14 @@ def sylvian(p: Points, wide: np.ndarray) -> np.ndarray:
     operculum = np.minimum(0.9 + wide - np.abs(rise) * 0.88, np.minimum(26 - np.abs(y - 6), ax - 38))
     return np.maximum(stem, np.maximum(insula, operculum))
 
-# %% ../../nbs/11_phantom.brain.ipynb #904b6d5a
+# %% ../../nbs/11_phantom.brain.ipynb #f18e8b47
+def midbrain(p: Points) -> np.ndarray:
+    "Depth (mm) in the midbrain: peduncles in front with the fossa between them, narrower at the tectum."
+    x, y, z = p
+    whole = ellipsoid((x * (1 + 0.22 * np.clip((y - 17) / 14, 0, 1)), y, z), (0, 20, 2), (17, 12.5, 16))
+    return np.minimum(whole, -capsule(p, (0, 4, -12), 3.2, (0, 7.5, 12), 2.6))
+
+
 def cisterns(p: Points, wide: float | np.ndarray) -> np.ndarray:
     "Depth (mm) in the basal cisterns: suprasellar star, interpeduncular, prepontine, ambient and quadrigeminal."
     x, y, z = p
@@ -73,11 +80,13 @@ def cisterns(p: Points, wide: float | np.ndarray) -> np.ndarray:
     star = smooth_max(star, capsule(q, (0, -3, -2), 6, (15, 9, 1), 2.0), 1.5)
     star = smooth_max(star, capsule(q, (0, 0, -2), 4.5, (0, 10, -4), 3.5), 1.5)
     star = smooth_max(star, capsule(q, (0, 6, -8), 3.0, (3, 11, -26), 2.0), 1.5)  # prepontine
-    ring = np.minimum(1.4 - np.abs(ellipsoid(p, (0, 20, 2), (17, 12.5, 16)) + 1.6), np.minimum(11 - np.abs(z), y - 6))
-    plate = ellipsoid(q, (0, 36, 9), (12, 3.2, 6))
-    return np.maximum(star, np.maximum(ring, plate)) + wide
+    beside = 1.6 * np.clip((q[0] - 5) / 7, 0, 1)  # the midbrain's sides; its front and back are other cisterns
+    ring = np.minimum(beside - np.abs(midbrain(p) + 1.8), np.minimum(11 - np.abs(z - 1), y - 6))
+    wing = capsule(q, (14.5, 28, 5), 1.5, (25, 35, 8), 0.9)
+    plate = capsule(q, (0, 36.5, 8), 3.0, (13.5, 30, 6), 1.7)
+    return np.maximum(star, np.maximum(np.maximum(ring, wing), plate)) + wide
 
-# %% ../../nbs/11_phantom.brain.ipynb #37a447fc
+# %% ../../nbs/11_phantom.brain.ipynb #68d2a3f1
 HORNS = (  # lateral ventricle: start, radius, end, radius
     ((11, -31, 13), 1.8, (6.5, -14, 19), 4.2), ((6.5, -14, 19), 4.2, (9, 10, 27), 4.6),  # frontal horn, body
     ((9, 10, 27), 4.6, (20, 36, 20), 6.2), ((20, 36, 20), 6.2, (19, 58, 13), 2.2),  # atrium, occipital horn
@@ -131,23 +140,24 @@ class Brain:
     mid: np.ndarray  # mm from the falx's sheet, positive on the left
     height: np.ndarray  # mm above the tentorium
 
-# %% ../../nbs/11_phantom.brain.ipynb #eb5235cf
+# %% ../../nbs/11_phantom.brain.ipynb #c753e361
 def cortical_csf(
     p: Points, d: np.ndarray, who: Patient, folds: np.ndarray, mid: np.ndarray, noise: dict[str, np.ndarray]
 ) -> np.ndarray:
     "CSF depth over the hemispheres: subarachnoid shell, sulci, interhemispheric and Sylvian fissures."
     rough, bend = noise["rough"], noise["wave"] + 0.5 * noise["rough"]
     shell = DURA_MM + 0.35 + 1.3 * who.atrophy * np.clip(1 + 0.6 * rough, 0.2, 2) - d
-    deep = 15 + 4 * rough
-    width = (0.2 + 1.0 * who.atrophy) * np.clip(1 + 0.8 * rough, 0, 2) + 0.35
-    sulcus = np.minimum(width * np.clip(1.1 - d / deep, 0, 1) - fold_distance(p, folds, bend), (deep - d) * 0.3)
+    deep, vertex = 15 + 4 * rough, np.clip((p[2] - 40) / 25, 0, 1)
+    width = (0.2 + 1.0 * who.atrophy) * np.clip(1 + 0.8 * rough, 0, 2) + 0.35 + 0.35 * vertex
+    width = width * np.clip(1.1 + 0.2 * vertex - d / deep, 0, 1)
+    sulcus = np.minimum(width - fold_distance(p, folds, bend), (deep - d) * 0.3)
     fissure = np.minimum(0.35 + 0.8 * who.atrophy + 0.5 * rough - np.abs(mid), -callosum(p))
     return np.maximum(np.maximum(shell, sulcus), np.maximum(fissure, sylvian(p, 0.3 + 1.1 * who.atrophy + 0.4 * rough)))
 
-# %% ../../nbs/11_phantom.brain.ipynb #77535ff9
+# %% ../../nbs/11_phantom.brain.ipynb #a648d5b7
 def hindbrain(p: Points, d: np.ndarray, who: Patient, height: np.ndarray, rough: np.ndarray) -> list[np.ndarray]:
     "Depths (mm) in brainstem and cerebellum, and in the slit of CSF behind the vermis."
-    stem = np.maximum(ellipsoid(p, (0, 20, 2), (17, 12.5, 16)), ellipsoid(p, (0, 23, -18), (16.5, 13, 15)))
+    stem = np.maximum(midbrain(p), ellipsoid(p, (0, 23, -18), (16.5, 13, 15)))
     stem = np.maximum(stem, capsule(p, (0, 26, -30), 9.5, (0, 30, -60), 6.5))
     around = np.minimum(-height - 1.2 - who.atrophy, d - DURA_MM - 0.8 - who.atrophy * (1 + 0.5 * rough))
     cerebellum = np.minimum(np.minimum(around, -stem - 1.5), p[1] - 20 - 0.3 * np.abs(p[0]))
@@ -175,7 +185,7 @@ def build_brain(
     tent = np.minimum(band, np.minimum(fossa + 3, -ellipsoid(p, (0, 20, 4), (21, 22, 40))))
     return Brain(sub, ventricles(p, who.ventricles, hydrocephalus), cortical, cerebellum, stem, falx, tent, mid, height)
 
-# %% ../../nbs/11_phantom.brain.ipynb #f304416c
+# %% ../../nbs/11_phantom.brain.ipynb #82ac7027
 NUCLEI = (((14.5, -17, 13), (5, 11, 8)), ((25, 0, 7), (7, 17, 10)), ((11, 15, 12), (9, 13, 9)))
 
 
@@ -183,10 +193,10 @@ def paint_cerebellum(on: Canvas, p: Points, who: Patient, b: Brain, noise: dict[
     "Cerebellum with folia and vermis, peduncles, brainstem."
     x, y, z = p
     shell = b.cerebellum + 1.5 * noise["wave"] + 1.2 * noise["rough"] + 0.1 * np.abs(x) + 0.25 * z
-    leaf = np.abs(np.mod(shell / 4.6, 1.0) - 0.5) * 4.6  # mm from the middle between two slits
-    slit = np.clip((leaf - 1.5 + 0.8 * who.atrophy) / 1.2, 0, 1) * np.clip(1.3 - b.cerebellum / 16, 0, 1)
+    leaf = np.abs(np.mod(shell / 5.2, 1.0) - 0.5) * 5.2  # mm from the middle between two slits
+    slit = np.clip((leaf - 1.5 + 0.8 * who.atrophy) / 1.2, 0, 1) * np.clip(1.4 - b.cerebellum / 18, 0, 1)
     vermis = np.exp(-((x / 7) ** 2)) * np.clip((y - 45) / 10, 0, 1)
-    shade = HU["cerebellum"] + 1.5 * noise["texture"] + 4 * vermis - (7 + 5 * who.atrophy) * slit
+    shade = HU["cerebellum"] + 1.5 * noise["texture"] + 4 * vermis - (13 + 7 * who.atrophy) * slit
     on.paint(b.cerebellum, "cerebellum", shade)
     medulla = np.minimum(b.cerebellum - 8, ellipsoid((np.abs(x), y, z), (20, 52, -20), (16, 13, 11)))
     on.paint(medulla + 1.5 * noise["rough"], "cerebellum", HU["white"] + 3 - 3 * slit, blur=5.0)

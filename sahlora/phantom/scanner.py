@@ -9,7 +9,7 @@ __all__ = ['Head', 'paint_inside', 'make_head', 'blurred', 'cupping', 'petrous_b
 # %% ../../nbs/11_phantom.scanner.ipynb #0e63e398
 from dataclasses import dataclass, field
 
-# %% ../../nbs/11_phantom.scanner.ipynb #105fff00
+# %% ../../nbs/11_phantom.scanner.ipynb #982adbba
 import numpy as np
 from scipy import ndimage
 
@@ -19,7 +19,7 @@ from .lattice import CENTRE_MM, FIELD_MM, FINE, FINE_ML, FINE_MM, SLICE_MM, SLIC
 from .lattice import Patient, drawn_share, draw_patient, frame, head_points, noise_fields, regrid
 from .lattice import stream, thick, tilted_affine
 from .skull import Canvas, cavity, paint_outside
-from .trauma import Inside, bleed_trauma, pack, plan_trauma, pushed
+from .trauma import Inside, bleed_trauma, draw_blow, pack, plan_trauma, pushed
 
 # %% ../../nbs/11_phantom.scanner.ipynb #8ca2a941
 @dataclass
@@ -45,7 +45,7 @@ class Head:
         "Voxel fraction of all blood."
         return np.clip(sum(self.lesions.values(), np.zeros_like(self.hu)), 0, 1)
 
-# %% ../../nbs/11_phantom.scanner.ipynb #6e350bfd
+# %% ../../nbs/11_phantom.scanner.ipynb #63b1500f
 def paint_inside(on: Canvas, inside: Inside, kind: str, seed: int, index: int, who: Patient) -> tuple[Inside, dict]:
     "Paint brain and vessels; returns the fields that blood needs, and brain and plan of the bleed by name."
     plan = plan_trauma(seed, index) if kind == "tbi" else plan_bleed(seed, index)
@@ -65,7 +65,8 @@ def make_head(kind: str, seed: int, index: int, tilt: float | None = None) -> He
     at = frame(who.tilt if tilt is None else tilt)
     p = head_points(at, who, stream(kind, seed, index, "warp"))
     d, noise = cavity(p), noise_fields(at, kind, seed, index)
-    on, inside = paint_outside(at, p, d, who, noise), pack(p, d, noise)
+    blow = draw_blow(seed, index, plan_trauma(seed, index)) if kind == "tbi" else None
+    on, inside = paint_outside(at, p, d, who, noise, blow), pack(p, d, noise)
     canvas = Canvas(on.hu.ravel()[inside.ins], on.tissue.ravel()[inside.ins])
     inside, has = paint_inside(canvas, inside, kind, seed, index, who)
     if kind == "tbi":

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['LANDMARKS', 'MIDDLE', 'HU', 'TISSUES', 'fossae', 'floor_height', 'cavity', 'sutures', 'Canvas', 'blank', 'wall_mm',
-           'skin_depth', 'ear_depth', 'paint_shell', 'paint_petrous', 'paint_sphenoid', 'paint_sinuses', 'paint_orbits',
-           'paint_outside']
+           'swelling', 'skin_depth', 'ear_depth', 'paint_shell', 'paint_petrous', 'paint_sphenoid', 'paint_sinuses',
+           'paint_orbits', 'paint_outside']
 
 # %% ../../nbs/11_phantom.skull.ipynb #f3e55d4f
 from dataclasses import dataclass
 
-# %% ../../nbs/11_phantom.skull.ipynb #13945057
+# %% ../../nbs/11_phantom.skull.ipynb #4337d0cf
 import numpy as np
 
-from .lattice import FINE, Frame, Patient, Points, Vec, capsule, coverage, ellipsoid, smooth_max
+from .lattice import FINE, Frame, Patient, Points, Vec, capsule, coverage, distance
+from .lattice import ellipsoid, smooth_max
 
 # %% ../../nbs/11_phantom.skull.ipynb #5654ea6b
 def fossae(p: Points) -> np.ndarray:
@@ -104,12 +105,17 @@ def wall_mm(p: Points, who: Patient, noise: dict[str, np.ndarray]) -> np.ndarray
     back = 0.2 * np.exp(-((x / 24) ** 2) - ((z - 5) / 22) ** 2) / (1 + np.exp((70 - y) / 6))
     return who.skull_mm * base * (1 - squama + back) * (1 + 0.12 * noise["broad"]) + brow
 
-# %% ../../nbs/11_phantom.skull.ipynb #82cef6ff
-def skin_depth(p: Points, outer: np.ndarray) -> np.ndarray:
-    "Depth (mm) below the skin, from that below the outer table: scalp, face and neck in one."
+# %% ../../nbs/11_phantom.skull.ipynb #663fa7cd
+def swelling(p: Points, blow: tuple[Vec, float] | None) -> np.ndarray | float:
+    "Thickness (mm) that a blow (site and most mm) adds to the scalp; 0 without one."
+    return blow[1] * np.exp(-((distance(p, blow[0]) / 26) ** 2)) if blow else 0.0
+
+
+def skin_depth(p: Points, outer: np.ndarray, swollen: np.ndarray | float = 0.0) -> np.ndarray:
+    "Depth (mm) below the skin, from that below the outer table: scalp (more of it where swollen), face and neck."
     x, y, z = p
     ax = np.abs(x)
-    scalp = outer + 6.6 + np.clip((4 - z) * 0.1, 0, 4)
+    scalp = outer + 6.6 + np.clip((4 - z) * 0.1, 0, 4) + swollen
     face = np.minimum(ellipsoid((ax, y, z), (0, -34, -40), (67, 54, 66)), 20 - z)
     neck = np.minimum(62 - np.hypot(x * 0.95, y - 32), -18 - z)
     return smooth_max(smooth_max(scalp, face, 8), neck, 8)
@@ -123,22 +129,29 @@ def ear_depth(p: Points) -> np.ndarray:
     rim = np.minimum(1.6 - np.abs(ellipsoid((ax * 0 + 1, y, z), (1, 28, -13), (9, 14, 23)) + 0.5), leaf + 2.5)
     return np.maximum(leaf, rim)
 
-# %% ../../nbs/11_phantom.skull.ipynb #3e828464
-def paint_shell(on: Canvas, p: Points, d: np.ndarray, wall: np.ndarray, noise: dict[str, np.ndarray]) -> None:
+# %% ../../nbs/11_phantom.skull.ipynb #0599d6b8
+def paint_shell(
+    on: Canvas, p: Points, d: np.ndarray, wall: np.ndarray, noise: dict[str, np.ndarray],
+    blow: tuple[Vec, float] | None = None,
+) -> None:
     "Skin, fat, muscle, and the skull's two tables with diploe between; `d`: the cavity's depth, `wall`: mm of bone."
     x, y, z = p
     ax, texture, rough = np.abs(x), noise["texture"], noise["rough"]
     outer = d + wall  # depth below the outer table
-    skin = skin_depth(p, outer)
+    swollen = swelling(p, blow)
+    skin = skin_depth(p, outer, swollen)
     on.paint(np.maximum(skin, ear_depth(p)), "skin")
     on.paint(skin - 3.0 - 0.4 * rough, "fat", HU["fat"] + 8 * texture)
     temporalis = np.minimum(np.minimum(outer + 7, skin - 3.4), np.minimum(42 - np.abs(y + 8), 30 - z))
     deep = np.minimum(np.minimum(skin - 5, -8 - z), 6 * np.abs(rough) - 0.8)
     on.paint(np.maximum(np.minimum(temporalis, ax - 40), deep), "muscle", HU["muscle"] + 4 * texture)
+    if blow:
+        on.paint(np.minimum(outer + 0.85 * swollen + rough, swollen - 1), "muscle", HU["muscle"] - 8 + 5 * texture)
     occipital = np.minimum(np.minimum(outer + 8, skin - 3), np.minimum(y - 62, 6 * np.abs(noise["wave"]) - 1.2))
     on.paint(np.minimum(occipital, 2 - z), "muscle")
     on.paint(outer, "table")
-    on.paint(np.minimum(outer - 1.8, wall - outer - 1.5), "diploe", HU["diploe"] - 130 + 150 * texture)
+    marrow = np.minimum(outer - 1.8, wall - outer - 1.5)  # between the tables
+    on.paint(marrow, "diploe", HU["diploe"] + 30 - 50 * np.clip(marrow, 0, 2) + 40 * texture, blur=1.2)
     seam = np.min([np.abs(s) for s in sutures(p).values()], axis=0) + 0.8 * np.abs(rough)
     on.paint(np.minimum(0.9 - seam, np.minimum(np.minimum(outer, -d), z - 8)), "diploe", 350.0)
 
@@ -202,12 +215,15 @@ def paint_orbits(on: Canvas, p: Points, d: np.ndarray, noise: dict[str, np.ndarr
     on.paint(globe - 1.3, "globe")
     on.paint(ellipsoid(q, (32, -70, -13), (4.5, 2.2, 4.5)), "globe", 75.0)
 
-# %% ../../nbs/11_phantom.skull.ipynb #8f219e72
-def paint_outside(at: Frame, p: Points, d: np.ndarray, who: Patient, noise: dict[str, np.ndarray]) -> Canvas:
-    "Everything outside the brain, on the whole lattice."
+# %% ../../nbs/11_phantom.skull.ipynb #349a4099
+def paint_outside(
+    at: Frame, p: Points, d: np.ndarray, who: Patient, noise: dict[str, np.ndarray],
+    blow: tuple[Vec, float] | None = None,
+) -> Canvas:
+    "Everything outside the brain, on the whole lattice; `blow`: where (mm) and how much (mm) the scalp is swollen."
     on = blank(FINE)
     wall = wall_mm(p, who, noise)
-    paint_shell(on, p, d, wall, noise)
+    paint_shell(on, p, d, wall, noise, blow)
     low = slice(0, int(np.searchsorted(at.w, -2)))
     part, q = Canvas(on.hu[low], on.tissue[low]), tuple(a[low] for a in p)
     fields = {k: f[low] for k, f in noise.items()}

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Shape', 'WALL_MM', 'NUDGES', 'CHECKED', 'SHAPES', 'SITES', 'ELSEWHERE', 'Inside', 'pack', 'grow_size', 'fit_volume',
            'rounded', 'blood_fraction', 'disagreement', 'steady', 'Lesion', 'outward', 'room', 'epidural', 'crescent',
-           'subdural', 'contusion', 'intraparenchymal', 'convexity', 'lesion_depth', 'pushed', 'margin', 'add_blood',
-           'bleed_trauma', 'draw_lesion', 'plan_trauma']
+           'subdural', 'contusion', 'intraparenchymal', 'convexity', 'lesion_depth', 'draw_blow', 'pushed', 'margin',
+           'add_blood', 'bleed_trauma', 'draw_lesion', 'plan_trauma']
 
 # %% ../../nbs/11_phantom.trauma.ipynb #2cb15fdb
 from collections.abc import Callable, Sequence
@@ -234,6 +234,22 @@ def lesion_depth(inside: Inside, lesion: Lesion) -> np.ndarray:
     smooth = rounded(shape(inside, lesion, size), inside, 1.8 if lesion.type == "subarachnoid" else 1.4)
     within = room(inside, lesion)
     return np.minimum(fit_volume(np.minimum(smooth, within), lesion.ml), within)
+
+# %% ../../nbs/11_phantom.trauma.ipynb #893f12ee
+def draw_blow(seed: int, index: int, lesions: Sequence[Lesion]) -> tuple[Vec, float] | None:
+    "Where the head was hit (patient's mm, on the scalp) and how far the scalp swells (mm); None if it does not."
+    g = stream("tbi", seed, index, "blow")
+    site, most, seen = g.uniform((20, -55, 20), (58, 70, 50)), float(g.uniform(4, 9)), g.random() < 0.6
+    side = int(g.choice((-1, 1)))
+    site = (side * site[0], site[1], site[2])
+    if lesions:
+        main = lesions[0]
+        site = main.site if main.type != "contusion" else (-main.site[0], 60.0, 30.0)
+    if not seen:
+        return None
+    centre, reach = np.array((0.0, 15.0, 18.0)), np.array((75.0, 92.0, 82.0))
+    way = np.subtract(site, centre) / reach
+    return tuple(float(c) for c in centre + reach * way / np.linalg.norm(way)), most
 
 # %% ../../nbs/11_phantom.trauma.ipynb #251ab4f3
 def pushed(p: Points, lesions: Sequence[Lesion]) -> Points:
