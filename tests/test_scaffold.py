@@ -46,12 +46,12 @@ def test_pyproject_mirrors_settings(settings, pyproject):
 def test_installed_metadata_is_what_settings_say(settings):
     assert metadata.version("sahlora") == settings["version"]
     asked = {normal(re.split(r"[ ;<>=]", line)[0]) for line in metadata.requires("sahlora")}
-    keys = ("requirements", "dicom_requirements", "dev_requirements", "oracle_requirements")
+    keys = ("requirements", "dicom_requirements", "tensorboard_requirements", "dev_requirements", "oracle_requirements")
     assert asked == {normal(name) for key in keys for name in settings[key].split()}
 
 
 def test_versions_are_pinned_once(project, settings):
-    for key in ("requirements", "dicom_requirements", "dev_requirements", "oracle_requirements"):
+    for key in ("requirements", "dicom_requirements", "tensorboard_requirements", "dev_requirements", "oracle_requirements"):
         assert not re.search(r"[=<>~]", settings[key]), f"{key}: versions belong into constraints.txt"
     assert (project / "environment.yml").read_text() == render_environment.render(), "run `make pins`"
 
