@@ -316,7 +316,7 @@ def section(seconds: Seconds, pixels: int) -> str:
     return "\n\n".join([
         f"## {pixels} x {pixels}", f"Batches of {BATCH} slices (plain loop: {PLAIN_BATCH}); adapters at rank 8 in the decoding region.",
         speed_table(seconds, pixels), "Share of the arithmetic, all parameters trained, augmentation and optimizer within:",
-        share_table(seconds, pixels),
+        share_table(seconds, pixels), "A share above 1 says that convolutions run faster than a plain product here.",
         f"The frozen prefix: with gradients through the whole network a step of CP-LoRA takes {whole:.2f} times as long."])
 
 

@@ -475,7 +475,7 @@ def load_network(path: str | Path) -> tuple[nn.Module, dict[str, object]]:
         raise ValueError(f"{path}: the weights do not match the hash in its header; make or copy it again")
     return net.eval(), header
 
-# %% ../nbs/40_training.ipynb #5e22bf5e
+# %% ../nbs/40_training.ipynb #ac7ca519
 def median_pixel(cohort: Cohort) -> float | None:
     "Median size in mm of the cohort's pixels; None where no spacing is known. A prediction warns where a scan's differ."
     known = cohort.table.image[cohort.table.spacing == "known"]
@@ -499,7 +499,8 @@ def pretrain(cohort: Cohort, out: str | Path, network: Mapping[str, object], tra
                     quiet=quiet, label="pre-training", tensorboard=tensorboard)
     write_csv(out / "history.csv", history)
     write_csv(out / "epochs.csv", by_epoch(history))
-    save_network(out / "model.safetensors", net, patients=cohort.patients, voxels=cohort.voxels, training=dict(training),
+    save_network(out / "model.safetensors", net, patients=cohort.patients, voxels=cohort.voxels,
+                 training={name: value for name, value in training.items() if name != "workers"},
                  input={"window": [0.0, 140.0], "pixel_mm": median_pixel(cohort), "resample": False})
     write_json(out / "run.json", {"network": network, "training": training, "patients": cohort.patients,
                                   "trainable": sum(p.numel() for p in net.parameters()), "flags": plateau(history),

@@ -90,16 +90,15 @@ class _Folds:
         prepare(net, self.strategy)
         return net
 
-# %% ../nbs/41_transfer.ipynb #b607a56d
-def _train(run: _Folds, patients: Sequence[str], rate: float, seed: int, checkpoint: Checkpoint) -> tuple[nn.Module, pd.DataFrame]:
-    "A network trained on `patients` at one learning rate, and its history; stopping early takes some of them for validation."
-    net, how, validation = run.begin(seed), how_to_train(run.strategy, rate, seed), None
+# %% ../nbs/41_transfer.ipynb #a4d48fee
+def _train(run: _Folds, net: nn.Module, patients: Sequence[str], rate: float, seed: int, checkpoint: Checkpoint) -> pd.DataFrame:
+    "Train a network on `patients` at one learning rate, in place; its history. Stopping early takes some of them for validation."
+    how, validation = how_to_train(run.strategy, rate, seed), None
     if how.patience is not None:
         patients, held_out = inner_split(patients, seed)
         validation = run.store.rows(held_out)
-    history = train(net, run.store, run.store.rows(patients), how, validation=validation, checkpoint=checkpoint,
-                    every=run.every, quiet=run.quiet, label=run.strategy.name, tensorboard=run.tensorboard)
-    return net, history
+    return train(net, run.store, run.store.rows(patients), how, validation=validation, checkpoint=checkpoint,
+                 every=run.every, quiet=run.quiet, label=run.strategy.name, tensorboard=run.tensorboard)
 
 
 def _fit(run: _Folds, patients: Sequence[str], rate: float, seed: int, checkpoint: Checkpoint) -> tuple[nn.Module, pd.DataFrame]:
@@ -110,17 +109,18 @@ def _fit(run: _Folds, patients: Sequence[str], rate: float, seed: int, checkpoin
     if run.strategy.method == "norm-stats":
         recompute_norms(net, run.store, run.store.rows(patients), seed=seed)
     elif run.strategy.trains:
-        net, history = _train(run, patients, rate, seed, checkpoint)
+        history = _train(run, net, patients, rate, seed, checkpoint)
     after = net.state_dict()
     if moved := [name for name, value in before.items() if not torch.equal(value, after[name].to(value.device))]:
         raise AssertionError(f"{moved[0]} was to stay frozen but changed")
     return net, history
 
-# %% ../nbs/41_transfer.ipynb #f4a7548b
+# %% ../nbs/41_transfer.ipynb #3509f09a
 def _try_rate(run: _Folds, rate: float, parts: tuple[list[str], list[str]], seed: int, checkpoint: Checkpoint) -> float | None:
     "Soft Dice on the patients set apart, after training on the others; None when the loss stopped being a number."
+    net = run.begin(seed)
     try:
-        net, _ = _train(run, parts[0], rate, seed, checkpoint)
+        _train(run, net, parts[0], rate, seed, checkpoint)
     except FloatingPointError as error:
         print(f"{run.strategy.name}: learning rate {rate:g} fails: {error}")
         return None

@@ -200,6 +200,9 @@ def test_more_about_the_training(things, run, tmp_path):
     assert facts["training"]["schedule"] == "cosine" and facts["training"]["weight_decay"] == 1e-3 and facts["threads"] == 1
     assert list((tmp_path / "board").rglob("events.*")), "TensorBoard's log is there"
     base = tmp_path / "base/model.safetensors"
+    again = run("pretrain", "--cohort", source.folder, "--out", tmp_path / "again", "--steps", 3, "--batch-size", 2, "--quiet", "--threads", 1,
+                "--option", "schedule=cosine", "--option", "weight_decay=1e-3", "--option", "compile=false", "--workers", 2)
+    assert again.exit_code == 0 and (tmp_path / "again/model.safetensors").read_bytes() == base.read_bytes(), "readers leave no trace"
     tuned = run("finetune", "--base", base, "--cohort", things[1].folder, "--out", tmp_path / "run", "--steps", 2, "--batch-size", 2, "--quiet",
                 "--method", "cp-dora", "--extras", "--learning-rate", "1e-3,1e-2", "--workers", 2)
     assert tuned.exit_code == 0 and "does nothing" in tuned.output, tuned.output

@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from sahlora.provenance import Reach, code_hash
+from sahlora.report import rate_table
 from sahlora.study import check_parameters, expand_runs, read_study, strategy_of
 
 
@@ -143,3 +144,12 @@ def test_rates_per_rank_candidates_and_regions_by_name(write):
     assert strategy_of(runs[2]).alpha is None and strategy_of({**runs[2], "alpha": 16.0}).alpha == 16
     with pytest.raises(ValueError, match="names a region already"):
         read_study(write("runs.0", {"method": "deep", "regions": ["all"]}))
+
+
+def test_the_table_of_learning_rates_shows_the_best_and_what_failed():
+    def run(tried):
+        return {"name": "cp-lora-r8-decoding", "flags": [], "seed": 0, "tried": tried}
+
+    table = rate_table({"runs": [run([{}]), run([{"0.001": 0.3, "0.01": 0.5}, {"0.001": 0.4, "0.01": 0.4}]), run([{"0.01": 0.2, "1": None}])]})
+    assert table["0.001"].tolist()[0] == "0.350" and table["0.01"].tolist() == ["0.450", "0.200"]
+    assert table["best"].tolist() == ["0.01", "0.01"] and table["1"].tolist()[1] == "–" and len(table) == 2

@@ -437,6 +437,7 @@ def test_bf16_differs_from_fp32_by_little(made, tmp_path):
     assert 0 < difference.max() < 0.05
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_predict_brings_pictures_to_the_network():
-    net = MultiViewUnet(levels=1)
+    net = MultiViewUnet(levels=1).to("cuda")
     assert predict(net, torch.rand(3, 1, 8, 8)).device.type == "cpu"
