@@ -71,7 +71,7 @@ def keep_memory() -> dict[str, int]:
                       if name not in os.environ and mallopt(number, value) == 1})
     return dict(_kept)
 
-# %% ../nbs/02_hardware.ipynb #d4e8c3c9
+# %% ../nbs/02_hardware.ipynb #f7f26002
 PACKAGES = ("torch", "monai", "numpy", "nibabel")
 
 
@@ -88,11 +88,12 @@ def processor() -> str:
 
 
 def run_facts(seconds: float) -> dict[str, object]:
-    "What a run cost and where: seconds, peak memory in MiB, processor, threads, allocator settings, versions."
+    "What a run cost and where: seconds, CPU seconds of the whole process, peak MiB, processor, threads, allocator settings, versions."
     from sahlora import __version__
 
     gpu = {"peak_gpu_mib": torch.cuda.max_memory_allocated() // 2**20} if torch.cuda.is_available() else {}
     allocator = {key: os.environ[key] for key in sorted(os.environ) if key.startswith("MALLOC_")} | _kept
-    return {"seconds": round(seconds, 2), "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, **gpu,
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return {"seconds": round(seconds, 2), "cpu_seconds": round(used.ru_utime + used.ru_stime, 2), "peak_mib": used.ru_maxrss // 1024, **gpu,
             "processor": processor(), "threads": torch.get_num_threads(), "allocator": allocator,
             "python": platform.python_version(), "sahlora": __version__, **{p: version(p) for p in PACKAGES}}

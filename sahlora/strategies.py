@@ -30,7 +30,7 @@ def strategy_words() -> tuple[str, ...]:
     "Every method a Strategy takes; an adapter method that was registered later is among them."
     return (*WHOLE, "fine-tuning", *REGIONS, *METHODS)
 
-# %% ../nbs/41_strategies.ipynb #602ca48c
+# %% ../nbs/41_strategies.ipynb #827d1f37
 class _Named:
     "What follows from the words of a strategy."
 
@@ -48,17 +48,18 @@ class _Named:
     def name(self) -> str:
         "A name for files and tables, such as cp-lora-r8-decoding."
         rank, extras = f"-r{self.rank}" if self.is_adapter else "", "-extras" if self.extras else ""
-        return f"{self.method}{rank}{f'-{self.region}' if self.region else ''}{extras}"
+        few = f"-n{self.patients}" if self.patients else ""
+        return f"{self.method}{rank}{f'-{self.region}' if self.region else ''}{extras}{few}"
 
     def facts(self) -> dict[str, object]:
         "Everything that decides its result, as JSON gives it back; how many threads read ahead does not."
         training = {key: value for key, value in self.training.items() if key != "workers"}
         return json.loads(json.dumps({**asdict(self), "training": training}))
 
-# %% ../nbs/41_strategies.ipynb #4717749b
+# %% ../nbs/41_strategies.ipynb #32638f03
 @dataclass(frozen=True)
 class Strategy(_Named):
-    """How to adapt. `rank`, `alpha`, `extras` and `adapter` matter to adapters only.
+    """How to adapt. `rank`, `alpha`, `extras` and `adapter` matter to adapters only; `patients`: train on so many of a fold's.
 
     `method`: one of `strategy_words()`. `learning_rate`: a number, or candidates, of which each fold chooses one on an
     inner split of its training patients. `extras`: an adapter also trains what fine-tuning of the region trains beside
@@ -78,13 +79,14 @@ class Strategy(_Named):
     extras: bool = False
     adapter: Mapping[str, object] = field(default_factory=dict)
     training: Mapping[str, object] = field(default_factory=dict)
+    patients: int | None = None
 
     def __post_init__(self):
         for name, value in _normal(self).items():
             object.__setattr__(self, name, value)
         _check(self)
 
-# %% ../nbs/41_strategies.ipynb #9046518f
+# %% ../nbs/41_strategies.ipynb #37655cca
 def _normal(strategy: Strategy) -> dict[str, object]:
     "A region's name as fine-tuning there, no region where none is meant, candidates as a tuple."
     rates = strategy.learning_rate
@@ -102,6 +104,8 @@ def _check(strategy: Strategy) -> None:
         raise ValueError(f"method {strategy.method!r} is unknown; did you mean {near!r}? There are: {', '.join(known)}")
     if isinstance(strategy.rank, (str, bool)) or not strategy.rank > 0:
         raise ValueError(f"rank must be a number above 0, not {strategy.rank!r}")
+    if strategy.patients is not None and (strategy.method == "none" or not strategy.patients > 0):
+        raise ValueError(f"{strategy.method}: patients={strategy.patients!r} is how many are trained on: a number above 0, and not with none")
     if not strategy.is_adapter and (strategy.extras or strategy.adapter):
         raise ValueError(f"{strategy.method}: extras and adapter options belong to adapters ({', '.join(METHODS)})")
     if taken := sorted({"steps", "batch_size", "learning_rate", "seed", "precision"} & set(strategy.training)):

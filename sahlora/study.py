@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CohortSpec', 'RateSpec', 'FoldsSpec', 'project_folder', 'project_path', 'Section', 'PhantomSpec', 'CtIchSpec',
-           'FolderSpec', 'TrainingSpec', 'RunSpec', 'FixedFold', 'DrawnFolds', 'Study', 'nearest', 'claims_plan',
-           'read_study', 'strategy_of', 'expand_runs', 'check_parameters', 'make_cohort', 'make_folds',
-           'training_values', 'base_at_hand']
+           'FolderSpec', 'PairsSpec', 'TrainingSpec', 'RunSpec', 'NetworkSpec', 'FixedFold', 'DrawnFolds', 'Study',
+           'nearest', 'claims_plan', 'read_study', 'network_of', 'strategy_of', 'expand_runs', 'check_parameters',
+           'make_cohort', 'make_folds', 'training_values', 'base_at_hand']
 
 # %% ../nbs/42_study.ipynb #24908903
 import ast
@@ -34,7 +34,7 @@ def project_path(path: str | Path) -> Path:
     expanded = os.path.expandvars(os.path.expanduser(str(path)))
     return project_folder() / expanded
 
-# %% ../nbs/42_study.ipynb #f282a38a
+# %% ../nbs/42_study.ipynb #e1de4f10
 class Section(BaseModel):
     "A part of a study file: unknown keys and wrong types are errors."
 
@@ -67,9 +67,24 @@ class FolderSpec(Section):
     path: str
 
 
-CohortSpec = Annotated[PhantomSpec | CtIchSpec | FolderSpec, Field(discriminator="layout")]
+class PairsSpec(Section):
+    """Scans and masks of one's own: `path` holds images/ and labels/ with NIfTI of the same names.
 
-# %% ../nbs/42_study.ipynb #f28a3e39
+    `labels`: codes of the masks, "1=EDH,2=SAH" (default: above 0 is blood); `blood`: names that count; `patients`: a CSV (case,
+    patient) where patients have several scans. Scans that can not be read stop the study, unless `skip_bad`.
+    """
+
+    layout: Literal["pairs"]
+    path: str
+    labels: str | None = None
+    blood: str | None = None
+    patients: str | None = None
+    skip_bad: bool = False
+
+
+CohortSpec = Annotated[PhantomSpec | CtIchSpec | FolderSpec | PairsSpec, Field(discriminator="layout")]
+
+# %% ../nbs/42_study.ipynb #a6b48fe7
 class TrainingSpec(Section):
     "How long and how fast to train; `options`: whatever else a Training takes. A run may set its own steps and rate."
 
@@ -90,9 +105,11 @@ RateSpec = Annotated[Annotated[PositiveFloat, Tag("rate")] | Annotated[dict[int,
 
 
 class RunSpec(Section):
-    """One row of the comparison: one run per rank, region and seed; ranks, alpha, extras and adapter matter to adapters.
+    """One row of the comparison: one run per rank, region, number of patients and seed.
 
-    `learning_rate`: a number, one per rank, or candidates to choose from on an inner split of every fold.
+    ranks, alpha, extras and adapter matter to adapters. `learning_rate`: a number, one per rank, or candidates to choose from on
+    an inner split of every fold. `patients`: train on so many of a fold's (left out: on all). `network`: one of the study's
+    `networks` (left out: the main one). `seeds`: instead of the study's.
     """
 
     method: str
@@ -103,6 +120,16 @@ class RunSpec(Section):
     alpha: PositiveFloat | None = None
     extras: bool = False
     adapter: dict[str, Any] = {}
+    patients: list[PositiveInt] = []
+    network: str = ""
+    seeds: list[NonNegativeInt] = []
+
+
+class NetworkSpec(Section):
+    "A network beside the study's main one, with a base of its own, pre-trained on the same source."
+
+    network: dict[str, Any]
+    pretrain: TrainingSpec
 
 # %% ../nbs/42_study.ipynb #8180b5cd
 class FixedFold(Section):
@@ -131,7 +158,7 @@ def _form_of_folds(value: Any) -> str:
 FoldsSpec = Annotated[Annotated[int, Field(ge=2), Tag("number")] | Annotated[FixedFold, Tag("split")]
                       | Annotated[DrawnFolds, Tag("drawn")], Discriminator(_form_of_folds)]
 
-# %% ../nbs/42_study.ipynb #121d84bd
+# %% ../nbs/42_study.ipynb #6c1adedc
 class Study(Section):
     "A whole study; `folds` is a number (KFold over patients), one fixed split, or how to draw them."
 
@@ -144,6 +171,7 @@ class Study(Section):
     source: CohortSpec
     target: CohortSpec
     network: dict[str, Any] = {"name": "multi-view-unet", "levels": 2}
+    networks: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*$")], NetworkSpec] = {}
     pretrain: TrainingSpec
     finetune: TrainingSpec
     folds: FoldsSpec = 3
@@ -151,9 +179,9 @@ class Study(Section):
     runs: list[RunSpec] = Field(min_length=1)
     claims: dict[str, Any] = {}
 
-# %% ../nbs/42_study.ipynb #8ea3a385
-_PARTS = {"phantom": PhantomSpec, "ct-ich": CtIchSpec, "folder": FolderSpec, "pretrain": TrainingSpec,
-          "finetune": TrainingSpec, "runs": RunSpec, "split": FixedFold, "drawn": DrawnFolds}
+# %% ../nbs/42_study.ipynb #610734e9
+_PARTS = {"phantom": PhantomSpec, "ct-ich": CtIchSpec, "folder": FolderSpec, "pairs": PairsSpec, "pretrain": TrainingSpec,
+          "finetune": TrainingSpec, "runs": RunSpec, "split": FixedFold, "drawn": DrawnFolds, "networks": NetworkSpec}
 
 
 def nearest(word: object, known: Iterable[str]) -> str:
@@ -195,33 +223,47 @@ def claims_plan(study: Study) -> "Plan":
         hint = f"did you mean {nearest(name, known)!r}? There are: {', '.join(known)}" if one["type"] == "extra_forbidden" else one["msg"]
         raise ValueError(f"{name}: {hint}") from error
 
-# %% ../nbs/42_study.ipynb #132793a3
+# %% ../nbs/42_study.ipynb #5219ef3b
 def _try_row(study: Study, row: RunSpec) -> None:
-    "Prepare the network for every run of a row, without memory for weights. Raises: TypeError, ValueError."
+    "Prepare the network for every strategy of a row, without memory for weights. Raises: TypeError, ValueError."
     import torch
 
     from sahlora.strategies import prepare
     from sahlora.unet import build_network
 
+    strategies = {strategy.name: strategy for strategy in map(strategy_of, _expand_row(study, row))}
     with torch.device("meta"):
-        for run in _expand_row(study, row):
-            prepare(build_network(study.network), strategy_of(run))
+        for strategy in strategies.values():
+            prepare(build_network(network_of(study, row.network)), strategy)
 
-# %% ../nbs/42_study.ipynb #bcfc7700
-def _check_runs(study: Study, where: str) -> None:
-    "Raises: ValueError for a method or region that does not exist, and for a run that is listed twice."
-    from sahlora.strategies import REGIONS, strategy_words
+# %% ../nbs/42_study.ipynb #6b1115e8
+def _check_parts(study: Study, where: str) -> None:
+    "Raises: ValueError for a network, an option of a training, or a plan of claims that can not be."
     from sahlora.training import make_training
     from sahlora.unet import build_network
 
-    regions, words = build_network(study.network).regions, strategy_words()
     _say_where(f"{where}: claims", claims_plan, study)
-    for part in ("pretrain", "finetune"):
-        _say_where(f"{where}: {part}.options", make_training, getattr(study, part).options)
+    _say_where(f"{where}: finetune.options", make_training, study.finetune.options)
+    parts = {"": (study.network, study.pretrain), **{f"networks.{name}.": (one.network, one.pretrain) for name, one in study.networks.items()}}
+    for name, (network, pretrain) in parts.items():
+        _say_where(f"{where}: {name}network", build_network, network)
+        _say_where(f"{where}: {name}pretrain.options", make_training, pretrain.options)
+
+
+def _check_runs(study: Study, where: str) -> None:
+    "Raises: ValueError for a method, network or region that does not exist, and for a run that is listed twice."
+    from sahlora.strategies import REGIONS, strategy_words
+    from sahlora.unet import build_network
+
+    words = strategy_words()
     for i, run in enumerate(study.runs):
         if run.method not in words:
             raise ValueError(f"{where}: runs.{i}.method: {run.method!r} is unknown; did you mean "
                              f"{nearest(run.method, words)!r}? There are: {', '.join(words)}")
+        if run.network and run.network not in study.networks:
+            raise ValueError(f"{where}: runs.{i}.network: {run.network!r} does not stand under networks:, where there "
+                             f"{'are: ' + ', '.join(study.networks) if study.networks else 'is none'}")
+        regions = build_network(network_of(study, run.network)).regions
         if unknown := sorted(set(run.regions) - set(regions)):
             raise ValueError(f"{where}: runs.{i}.regions: {unknown[0]!r} is unknown; did you mean "
                              f"{nearest(unknown[0], regions)!r}? There are: {', '.join(regions)}")
@@ -232,7 +274,7 @@ def _check_runs(study: Study, where: str) -> None:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{where}: runs: {twice[0]} stands in it twice; drop one")
 
-# %% ../nbs/42_study.ipynb #75f0dbc5
+# %% ../nbs/42_study.ipynb #1a6d5283
 def read_study(path: str | Path) -> Study:
     "The study in a YAML file. Raises: FileNotFoundError that lists the studies there; ValueError that names each key."
     path = Path(path)
@@ -246,17 +288,23 @@ def read_study(path: str | Path) -> Study:
     except ValidationError as error:
         lines = "\n  ".join(_explain(one) for one in error.errors())
         raise ValueError(f"{path}:\n  {lines}") from error
+    _check_parts(study, str(path))
     _check_runs(study, str(path))
     return study
 
-# %% ../nbs/42_study.ipynb #ee797268
+# %% ../nbs/42_study.ipynb #aa1df65b
+def network_of(study: Study, name: str) -> dict[str, Any]:
+    "Configuration of one of a study's networks; the main one is called ''."
+    return study.networks[name].network if name else study.network
+
+
 def strategy_of(run: Mapping[str, Any]) -> "Strategy":
     "The Strategy of an expanded run; `candidates` stand instead of its learning rate where there are any."
     from sahlora.strategies import Strategy
 
-    values = {key: value for key, value in run.items() if key not in ("id", "candidates", "options")}
+    values = {key: value for key, value in run.items() if key not in ("id", "candidates", "options", "network")}
     values |= {"learning_rate": run.get("candidates") or run["learning_rate"], "training": run.get("options", {})}
-    return Strategy(**{**values, "alpha": run.get("alpha") or None})
+    return Strategy(**{**values, "alpha": run.get("alpha") or None, "patients": run.get("patients") or None})
 
 
 def _rate_at(row: RunSpec, rank: int, default: float) -> tuple[float, list[float]]:
@@ -268,20 +316,21 @@ def _rate_at(row: RunSpec, rank: int, default: float) -> tuple[float, list[float
         rate = rate[rank]
     return (rate[0], rate) if isinstance(rate, list) else (rate, [])
 
-# %% ../nbs/42_study.ipynb #6eec02eb
+# %% ../nbs/42_study.ipynb #36474317
 def _expand_row(study: Study, row: RunSpec) -> list[dict[str, Any]]:
-    "The runs of one row, in the order seed, region, rank. Raises: ValueError for what a Strategy refuses."
+    "The runs of one row, in the order seed, region, rank, patients. Raises: ValueError for what a Strategy refuses."
     from sahlora.adapters import METHODS
     from sahlora.strategies import REGIONS, WHOLE
 
     runs, fine = [], study.finetune
     regions = row.regions[:1] if row.method in (*WHOLE, *REGIONS) else row.regions
-    for seed, region, rank in product(study.seeds, regions, row.ranks if row.method in METHODS else row.ranks[:1]):
+    ranks, front = row.ranks if row.method in METHODS else row.ranks[:1], f"{row.network}-" if row.network else ""
+    for seed, region, rank, patients in product(row.seeds or study.seeds, regions, ranks, row.patients or [0]):
         rate, candidates = _rate_at(row, rank, fine.learning_rate)
         run = {"method": row.method, "region": region, "rank": rank, "alpha": row.alpha or 0.0, "seed": seed,
                "steps": row.steps or fine.steps, "batch_size": fine.batch_size, "learning_rate": rate, "candidates": candidates,
-               "extras": row.extras, "adapter": row.adapter, "options": fine.options}
-        runs.append({"id": f"{strategy_of(run).name}-s{seed}", **run})
+               "extras": row.extras, "adapter": row.adapter, "options": fine.options, "patients": patients, "network": row.network}
+        runs.append({"id": f"{front}{strategy_of(run).name}-s{seed}", **run})
     return runs
 
 
@@ -323,7 +372,7 @@ def check_parameters(cells: Sequence[str]) -> dict[str, Any]:
         values[name] = value
     return values
 
-# %% ../nbs/42_study.ipynb #1b01d740
+# %% ../nbs/42_study.ipynb #2c6295cb
 def make_cohort(spec: "CohortSpec | dict[str, Any]", folder: str | Path) -> "Cohort":
     "The cohort that a section of a study describes, written to `folder` (a `folder` layout is read where it lies)."
     from sahlora.cohort import Cohort, make_phantom_cohort
@@ -334,7 +383,21 @@ def make_cohort(spec: "CohortSpec | dict[str, Any]", folder: str | Path) -> "Coh
         return make_phantom_cohort(folder, spec.kind, spec.cases, spec.seed, tuple(spec.grid))
     if isinstance(spec, CtIchSpec):
         return import_ct_ich(_real_folder(spec.path), folder, spec.patients, spec.size)
+    if isinstance(spec, PairsSpec):
+        return _import_pairs(spec, folder)
     return Cohort.read(project_path(spec.path))
+
+
+def _import_pairs(spec: PairsSpec, folder: str | Path) -> "Cohort":
+    "A user's scans as a cohort. Raises: ValueError that lists the scans that can not be used, FileNotFoundError."
+    from sahlora.imports import import_cohort
+
+    names = {"blood": spec.blood, "labels": spec.labels, "patients": spec.patients and project_path(spec.patients)}
+    done = import_cohort("pairs", project_path(spec.path), folder, **names)
+    if done.skipped and not spec.skip_bad:
+        lines = "\n  ".join(f"{case}: {why}" for case, why in done.skipped.items())
+        raise ValueError(f"{spec.path}: {len(done.skipped)} scans can not be used; mend them, take them out, or write skip_bad: true\n  {lines}")
+    return done.cohort
 
 
 def _real_folder(path: str) -> Path:
@@ -358,10 +421,10 @@ def make_folds(spec: "int | FixedFold | DrawnFolds", cohort: "Cohort", path: str
     drawn = DrawnFolds(count=spec) if isinstance(spec, int) else spec
     return folds_for(cohort, path, drawn.method, drawn.count, drawn.seed)
 
-# %% ../nbs/42_study.ipynb #607f24d4
-def training_values(study: Study) -> dict[str, Any]:
-    "Names and values of the Training that pre-trains a study's network."
-    values = study.pretrain.model_dump()
+# %% ../nbs/42_study.ipynb #29baec87
+def training_values(study: Study, network: str = "") -> dict[str, Any]:
+    "Names and values of the Training that pre-trains one of a study's networks (the main one is called '')."
+    values = (study.networks[network].pretrain if network else study.pretrain).model_dump()
     return {**values.pop("options"), **values, "precision": study.precision}
 
 # %% ../nbs/42_study.ipynb #711836f3

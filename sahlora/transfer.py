@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEVERAL', 'HARDLY', 'KEYS', 'score_cohort', 'collapse', 'cross_validate', 'load_run', 'load_examples']
 
-# %% ../nbs/41_transfer.ipynb #d8ab5872
+# %% ../nbs/41_transfer.ipynb #077dce4b
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from .cohort import Cohort, richest_slice
 from .evaluation import score_patient
 from .files import (atomic_folder, atomic_path, check_writable, load_tensors, object_hash, read_json, save_tensors,
                            write_csv, write_json)
-from .folds import Fold, check_folds, inner_split
+from .folds import Fold, check_folds, fewer, inner_split
 from .hardware import run_facts
 from .slices import SliceStore, open_store
 from .strategies import Strategy, how_to_train, moving, prepare, rates, recompute_norms, training_notes
@@ -212,8 +212,8 @@ def _gather(done: Sequence[Path], out: Path) -> None:
                 shutil.copyfile(path, temporary)
     save_tensors(out / "examples.safetensors", examples, {})
 
-# %% ../nbs/41_transfer.ipynb #0cf94641
-KEYS = ("study", "method", "rank", "region", "extras", "seed", "fold", "role", "patient")
+# %% ../nbs/41_transfer.ipynb #657c06b2
+KEYS = ("study", "method", "rank", "region", "extras", "patients", "seed", "fold", "role", "patient")
 
 
 def _check_run(base: str | Path, cohort: Cohort, strategy: Strategy, folds: Sequence[Fold], store: SliceStore) -> int:
@@ -233,10 +233,10 @@ def _table(done: Sequence[Path], strategy: Strategy, study: str) -> pd.DataFrame
     "patients.csv of a run from those of its folds."
     table = pd.concat([_read_csv(folder / "patients.csv") for folder in done])
     table = table.assign(study=study, method=strategy.method, region=strategy.region, extras=strategy.extras,
-                         rank=strategy.rank if strategy.is_adapter else pd.NA, seed=strategy.seed)
+                         patients=strategy.patients or pd.NA, rank=strategy.rank if strategy.is_adapter else pd.NA, seed=strategy.seed)
     return table[[*KEYS, *(column for column in table if column not in KEYS)]].reset_index(drop=True)
 
-# %% ../nbs/41_transfer.ipynb #12dce5e3
+# %% ../nbs/41_transfer.ipynb #6d31fe5a
 def cross_validate(base: str | Path, cohort: Cohort, strategy: Strategy, folds: Sequence[Fold], out: str | Path,
                    study: str = "", facts: Mapping[str, object] | None = None, quiet: bool = False,
                    tensorboard: str | Path | None = None, every: int = 200) -> pd.DataFrame:
@@ -247,6 +247,7 @@ def cross_validate(base: str | Path, cohort: Cohort, strategy: Strategy, folds: 
     FloatingPointError for a loss that is not a number, OSError when `out` can not be written.
     """
     out, started, store = Path(out), time.perf_counter(), open_store(cohort)
+    folds = [fewer(fold, strategy.patients) for fold in folds] if strategy.patients else folds
     shared = _check_run(base, cohort, strategy, folds, store)
     check_writable(out)
     run = _Folds(base, cohort, store, strategy, out / "unfinished", quiet, tensorboard, every)

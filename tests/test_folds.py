@@ -8,7 +8,7 @@ from pydantic import TypeAdapter
 
 from sahlora.checks import check_disjoint, check_leakage, check_voxels
 from sahlora.cohort import Case, Cohort, volume_bin, write_cohort
-from sahlora.folds import Fold, check_folds, draw_folds, folds_for, folds_table, kfold, patient_volumes, read_folds, stratified
+from sahlora.folds import Fold, check_folds, draw_folds, fewer, folds_for, folds_table, kfold, patient_volumes, read_folds, stratified
 from sahlora.study import DrawnFolds, FixedFold, FoldsSpec, make_folds, read_study
 from sahlora.training import load_network, pretrain, save_network
 from sahlora.transfer import Strategy, cross_validate
@@ -337,3 +337,14 @@ def test_a_study_draws_into_a_file(cohort, tmp_path):
         drawn = make_folds(spec, cohort, tmp_path / f"{name}.json")
         assert drawn == (expected or stratified(patient_volumes(cohort), 2)[0])
         assert drawn == make_folds(spec, cohort, tmp_path / f"{name}.json") == read_folds(tmp_path / f"{name}.json", cohort)
+
+
+def test_fewer_training_patients_lie_in_more_and_the_test_stays():
+    fold = Fold(tuple(f"p{n}" for n in range(20)), ("q1", "q2"))
+    parts = [fewer(fold, count) for count in (1, 5, 10, 20)]
+    assert [len(part.train) for part in parts] == [1, 5, 10, 20] and {part.test for part in parts} == {fold.test}
+    assert all(set(a.train) < set(b.train) for a, b in zip(parts, parts[1:])) and set(parts[-1].train) == set(fold.train)
+    assert fewer(fold, 5) == fewer(Fold(fold.train[::-1], fold.test), 5) and fewer(fold, 5, seed=1) != fewer(fold, 5)
+    for count in (0, 21):
+        with pytest.raises(ValueError, match=f"{count}, but a fold trains on 20"):
+            fewer(fold, count)

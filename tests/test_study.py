@@ -1,11 +1,14 @@
 """Study files: every mistake is found before anything runs, and said with the right word."""
+import shutil
+
 import nbformat
 import pytest
 import yaml
 
 from sahlora.provenance import Reach, code_hash
 from sahlora.report import rate_table
-from sahlora.study import check_parameters, expand_runs, read_study, strategy_of
+from sahlora.study import (check_parameters, expand_runs, make_cohort, network_of, read_study, strategy_of,
+                           training_values)
 
 
 @pytest.fixture
@@ -25,7 +28,7 @@ def write(project, tmp_path):
     return change
 
 
-@pytest.mark.parametrize("name", ["smoke", "ct-ich", "tuning"])
+@pytest.mark.parametrize("name", ["smoke", "demo", "paper", "own", "ct-ich", "tuning"])
 def test_committed_studies_are_right(project, name):
     study = read_study(project / f"paper/studies/{name}.yaml")
     assert study.study == name and expand_runs(study)
@@ -57,6 +60,14 @@ def test_committed_studies_are_right(project, name):
     ("runs.3.adapter", {"dropuot": 0.1}, "dropuot"),
     ("pretrain.options", {"shedule": "cosine"}, "did you mean 'schedule'"),
     ("finetune.options", {"loss": "focal"}, "dice+ce"),
+    ("runs.3.network", "unett", "does not stand under networks:, where there are: unet"),
+    ("networks.unet.network.width", 0, "networks.unet.network: width"),
+    ("networks.unet.pretrain.stepz", 3, "did you mean 'steps'"),
+    ("networks.unet.pretrain.options", {"shedule": "cosine"}, "did you mean 'schedule'"),
+    ("networks", {"My net": {}}, "networks"),
+    ("runs.0.patients", [2], "not with none"),
+    ("runs.3.patients", [0], "greater than 0"),
+    ("target", {"layout": "pairs", "path": "mine", "lables": "1=SAH"}, "did you mean 'labels'"),
     ("claims", {"margn": 0.1}, "did you mean 'margin'"),
     ("claims", {"strictly_low": 64}, "strictly_low (64) must be below over (32)"),
 ])
@@ -74,7 +85,7 @@ def test_every_mistake_is_said_at_once(write):
 
 
 def test_an_unknown_study_lists_the_others(project):
-    with pytest.raises(FileNotFoundError, match="ct-ich, smoke"):
+    with pytest.raises(FileNotFoundError, match="ct-ich, demo, own, paper, smoke"):
         read_study(project / "paper/studies/smoek.yaml")
 
 
@@ -139,7 +150,7 @@ def test_rates_per_rank_candidates_and_regions_by_name(write):
     study = read_study(write("runs.2", {"method": "cp-lora", "ranks": [2, 8], "learning_rate": {2: 0.02, 8: 0.01}, "extras": True}))
     runs = expand_runs(study)
     assert [run["id"] for run in runs] == ["fine-tuning-deep-s0", "scratch-s0", "cp-lora-r2-decoding-extras-s0", "cp-lora-r8-decoding-extras-s0",
-                                        "norm-stats-s0"]
+                                        "norm-stats-s0", "unet-cp-lora-r8-decoding-s0"]
     assert [strategy_of(run).learning_rate for run in runs[:4]] == [0.001, (0.001, 0.01), 0.02, 0.01]
     assert strategy_of(runs[2]).alpha is None and strategy_of({**runs[2], "alpha": 16.0}).alpha == 16
     with pytest.raises(ValueError, match="names a region already"):
@@ -153,3 +164,30 @@ def test_the_table_of_learning_rates_shows_the_best_and_what_failed():
     table = rate_table({"runs": [run([{}]), run([{"0.001": 0.3, "0.01": 0.5}, {"0.001": 0.4, "0.01": 0.4}]), run([{"0.01": 0.2, "1": None}])]})
     assert table["0.001"].tolist()[0] == "0.350" and table["0.01"].tolist() == ["0.450", "0.200"]
     assert table["best"].tolist() == ["0.01", "0.01"] and table["1"].tolist()[1] == "–" and len(table) == 2
+
+
+def test_fewer_patients_another_network_and_seeds_of_its_own(write):
+    write("networks.plain", {"network": {"name": "unet", "levels": 2, "width": 4}, "pretrain": {"steps": 3}})
+    write("runs.0", {"method": "scratch", "patients": [5, 10], "seeds": [3, 4]})
+    study = read_study(write("runs.3", {"method": "none", "network": "plain"}))
+    runs = {run["id"]: run for run in expand_runs(study)}
+    assert list(runs)[:4] == ["scratch-n5-s3", "scratch-n10-s3", "scratch-n5-s4", "scratch-n10-s4"] and "plain-none-s0" in runs
+    assert strategy_of(runs["scratch-n5-s4"]).patients == 5 and strategy_of(runs["plain-none-s0"]).patients is None
+    assert network_of(study, "plain")["width"] == 4 and network_of(study, "") == study.network
+    assert training_values(study, "plain")["steps"] == 3 and training_values(study)["steps"] == 500
+
+
+def test_a_cohort_of_ones_own_is_imported_by_the_study(tmp_path):
+    cohort = make_cohort({"layout": "phantom", "kind": "asah", "cases": 3, "seed": 0, "grid": [32, 40]}, tmp_path / "made")
+    for role in ("images", "labels"):
+        (tmp_path / "mine" / role).mkdir(parents=True)
+    for row in cohort.table.itertuples():
+        shutil.copy(tmp_path / "made" / row.image, tmp_path / f"mine/images/{row.case}.nii.gz")
+        shutil.copy(tmp_path / "made" / row.label, tmp_path / f"mine/labels/{row.case}.nii.gz")
+    mine = make_cohort({"layout": "pairs", "path": str(tmp_path / "mine")}, tmp_path / "cohort")
+    assert mine.voxels == cohort.voxels and mine.table.blood_ml.tolist() == pytest.approx(cohort.table.blood_ml.tolist(), rel=1e-4)
+    (tmp_path / f"mine/labels/{cohort.table.case[1]}.nii.gz").write_bytes(b"not a scan")
+    with pytest.raises(ValueError, match=f"(?s)1 scans can not be used.*skip_bad.*{cohort.table.case[1]}"):
+        make_cohort({"layout": "pairs", "path": str(tmp_path / "mine")}, tmp_path / "cohort2")
+    some = make_cohort({"layout": "pairs", "path": str(tmp_path / "mine"), "skip_bad": True}, tmp_path / "cohort3")
+    assert some.table.case.tolist() == [cohort.table.case[0], cohort.table.case[2]]

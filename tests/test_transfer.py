@@ -441,3 +441,13 @@ def test_bf16_differs_from_fp32_by_little(made, tmp_path):
 def test_predict_brings_pictures_to_the_network():
     net = MultiViewUnet(levels=1).to("cuda")
     assert predict(net, torch.rand(3, 1, 8, 8)).device.type == "cpu"
+
+
+def test_fewer_patients_train_and_all_are_tested(made, tmp_path):
+    base, cohort = made
+    table = cross_validate(base, cohort, Strategy("decoding", patients=1, **SHORT), kfold(cohort.patients, 2), tmp_path / "few", quiet=True)
+    run = read_json(tmp_path / "few/run.json")
+    assert run["name"] == "fine-tuning-decoding-n1" and [len(fold["train"]) for fold in run["folds"]] == [1, 1]
+    assert set(table.patients) == {1} and sorted(table.patient) == cohort.patients
+    with pytest.raises(ValueError, match="a fold trains on 2"):
+        cross_validate(base, cohort, Strategy("decoding", patients=3, **SHORT), kfold(cohort.patients, 2), tmp_path / "many", quiet=True)
