@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 import yaml
 
-TINY = {"source": {"cases": 4, "grid": [32, 40]}, "target": {"cases": 3, "grid": [32, 40]},
+from sahlora.cohort import make_phantom_cohort
+
+TINY = {"source": {"cases": 4, "grid": [32, 48]}, "target": {"cases": 3, "grid": [32, 48]},
         "pretrain": {"steps": 4, "batch_size": 4}, "finetune": {"steps": 3, "batch_size": 4}}
 
 
@@ -18,6 +20,8 @@ def tiny_study(project, path, name="smoke", **changes):
     content = yaml.safe_load((project / f"paper/studies/{name}.yaml").read_text())
     for section, values in changes.items():
         content[section] = {**content[section], **values} if isinstance(values, dict) else values
+    for network in content.get("networks", {}).values():
+        network["pretrain"] = {"steps": 3, "batch_size": 4}
     path.write_text(yaml.safe_dump(content))
     return path
 
@@ -26,8 +30,9 @@ def tiny_study(project, path, name="smoke", **changes):
 def engine(project):
     "Run the batch engine on a study file into a folder; returns the finished process."
 
-    def run(study, runs, *options, real_data=None):
+    def run(study, runs, *options, real_data=None, own=None):
         env = {name: value for name, value in os.environ.items() if name not in ("SAHLORA_REAL_DATA", "IN_TEST")}
+        env |= {"SAHLORA_OWN_DATA": str(own)} if own else {}
         env |= {"SAHLORA_REAL_DATA": str(real_data)} if real_data else {}
         return subprocess.run(["snakemake", "-s", "paper/Snakefile", "--cores", "2", "--nolock", *options, "--config",
                                f"study={study}", f"runs={runs}"], cwd=project, capture_output=True, text=True, env=env)
@@ -55,14 +60,15 @@ def planned(done):
 def test_everything_is_there_and_whole(finished):
     report = finished[1] / "smoke/report"
     results = json.loads((report / "results.json").read_text())
-    assert [run["name"] for run in results["runs"]] == ["none", "norm-stats", "fine-tuning-decoding", "cp-lora-r8-decoding"]
-    assert [run["trainable"] for run in results["runs"]] == [0, 0, 101_985, 4_920]
-    assert len(results["patients"]) == 12 and results["cohorts"]["source"]["patients"] == 4
+    assert [run["name"] for run in results["runs"]] == ["none", "norm-stats", "fine-tuning-decoding", "cp-lora-r8-decoding",
+                                                            "unet-cp-lora-r8-decoding"]
+    assert [run["trainable"] for run in results["runs"]][:4] == [0, 0, 101_985, 4_920]
+    assert len(results["patients"]) == 15 and results["cohorts"]["source"]["patients"] == 4
     assert (report / "paper.pdf").read_bytes().startswith(b"%PDF")
     assert {path.name for path in (report / "figures").iterdir()} == {
         f"{name}.svg" for name in ("cohorts", "network", "dice", "curves", "overlays")}
     cost = json.loads((report / "cost.json").read_text())
-    assert all(facts["seconds"] > 0 and facts["threads"] == 1 for facts in cost.values()) and len(cost) == 5
+    assert all(facts["seconds"] > 0 and facts["threads"] == 1 for facts in cost.values()) and len(cost) == 7
 
 
 def test_every_number_of_the_tables_is_in_patients_csv(finished):
@@ -187,3 +193,23 @@ def test_real_slices_go_the_same_way(project, engine, real_data, tmp_path):
     assert "batches hold the other kind only" in json.dumps(said)
     assert "synthetic" not in (tmp_path / "ct-ich/report/figures/dice.svg").read_text()
     assert (tmp_path / "ct-ich/report/paper.pdf").stat().st_size > 20_000
+
+
+def test_a_cohort_of_ones_own_needs_no_code(project, engine, tmp_path):
+    "own.yaml as it is, but for the number of steps, on a user's folder of NIfTI."
+    for role, kind in (("source", "tbi"), ("target", "asah")):
+        made = make_phantom_cohort(tmp_path / f"made/{role}", kind, 6, seed=5, grid=(32, 40))
+        for folder in ("images", "labels"):
+            (tmp_path / f"own/{role}/{folder}").mkdir(parents=True)
+        for row in made.table.itertuples():
+            shutil.copy(made.folder / row.image, tmp_path / f"own/{role}/images/{row.case}.nii.gz")
+            shutil.copy(made.folder / row.label, tmp_path / f"own/{role}/labels/{row.case}.nii.gz")
+    study = tiny_study(project, tmp_path / "own.yaml", "own", pretrain={"steps": 4, "batch_size": 4}, finetune={"steps": 2, "batch_size": 4},
+                       threads=1, seeds=[0], runs=[{"method": "none"}, {"method": "cp-lora", "ranks": [2], "learning_rate": [0.003, 0.01]}])
+    done = engine(study, tmp_path, own=tmp_path / "own")
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "own/report/results.json").read_text())
+    assert results["cohorts"]["target"]["patients"] == 6 and len(results["claims"]) == 5
+    assert "synthetic" not in (tmp_path / "own/report/figures/dice.svg").read_text()
+    without = engine(study, tmp_path / "again")
+    assert without.returncode != 0 and "SAHLORA_OWN_DATA" in without.stdout + without.stderr
