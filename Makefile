@@ -1,4 +1,4 @@
-# make test | make paper [STUDY=smoke] | make lab | make setup: each does all its own set-up in .venv.
+# make test | make paper [STUDY=smoke] | make plan | make lab | make setup: each does all its own set-up in .venv.
 PYTHON ?= python3
 STUDY ?= smoke
 CORES ?= 2
@@ -9,7 +9,7 @@ export PYTHONWARNINGS ?= ignore::DeprecationWarning
 # Two one-thread processes do more than one with two threads, and the last bits depend on the count.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup check test test-notebooks test-notebooks-slow test-slow paper lab export readme pins clean
+.PHONY: help setup check test test-notebooks test-notebooks-slow test-slow paper plan figures lab export readme pins clean
 
 help:  ## Show what there is to make.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-20s %s\n", $$1, $$2}'
@@ -21,7 +21,7 @@ $(READY): settings.ini constraints.txt setup.py pyproject.toml
 	  + sys.version.split()[0] + ": make PYTHON=python3.11 setup")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,dicom,tensorboard,oracles]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,dicom,tensorboard,slurm,oracles]'
 	$(BIN)/python -m pip check
 	@touch $@
 
@@ -40,10 +40,16 @@ test-notebooks-slow: $(READY)  ## Run every notebook's cells, slow ones too.
 test-slow: check test-notebooks-slow  ## Everything, slow tests too.
 	python -m pytest -n 2 --dist loadfile
 
-paper: $(READY)  ## Run a study (STUDY=smoke), then its report.html and paper.pdf.
-	snakemake -s paper/Snakefile --cores $(CORES) --rerun-incomplete --quiet host reason progress \
-	  --config study=paper/studies/$(STUDY).yaml
+paper: $(READY)  ## Run a study (STUDY=smoke), then its report.html and paper.pdf; PROFILE=paper/profiles/slurm on a cluster.
+	sahlora study run paper/studies/$(STUDY).yaml --cores $(CORES) $(if $(PROFILE),--profile $(PROFILE))
 	@echo "runs/$(STUDY)/report/report.html and runs/$(STUDY)/report/paper.pdf"
+
+plan: $(READY)  ## Show what `make paper` would run (STUDY=smoke), and about how long.
+	sahlora study plan paper/studies/$(STUDY).yaml --cores $(CORES)
+
+figures: $(READY)  ## Draw paper/figures and paper/paper.pdf again, from the committed numbers in paper/results.
+	sahlora report figures paper/results paper/figures
+	sahlora report pdf paper/results/results.json paper/paper.pdf --figures paper/figures
 
 lab: $(READY)  ## Open JupyterLab on the notebooks.
 	jupyter lab --notebook-dir=nbs nbs/index.ipynb

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from setuptools import setup
 
-# dicom: masks as DICOM SEG and compressed DICOM; oracles: independent adapter libraries that the tests compare with
-EXTRAS = {"dev": "dev", "dicom": "dicom", "tensorboard": "tensorboard", "oracles": "oracle"}
+# dicom: masks as DICOM SEG and compressed DICOM; slurm: studies on a cluster;
+# oracles: independent adapter libraries that the tests compare with
+EXTRAS = {"dev": "dev", "dicom": "dicom", "tensorboard": "tensorboard", "slurm": "slurm", "oracles": "oracle"}
 here = Path(__file__).parent
 config = ConfigParser(interpolation=None)
 config.read(here / "settings.ini", encoding="utf-8")

@@ -8,7 +8,7 @@ __all__ = ['ADAPTERS', 'RANKLESS', 'Pair', 'VERDICTS', 'CLAIMS', 'Plan', 'Eviden
            'claim_1', 'claim_2', 'rank_sides', 'rank_trend', 'claim_5', 'volume_trends', 'claim_3', 'equal_rank_pairs',
            'equal_parameter_pairs', 'comparable', 'lacking_pairs', 'claim_4', 'judge', 'ledger_table']
 
-# %% ../nbs/52_claims.ipynb #d998e738
+# %% ../nbs/52_claims.ipynb #eb89e3c8
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -18,16 +18,16 @@ from typing import Annotated, Any
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-from .statistics import (Comparison, Comparisons, Equivalence, Interval, Paired, Result, Trend, compare,
-                                equivalence, holm, page_trend, paired, patient_scores, scored, smallest_difference,
-                                spearman)
+from .agreement import Equivalence, Trend, equivalence, page_trend, spearman
+from .statistics import (Comparison, Comparisons, Interval, Paired, Result, compare, holm, paired,
+                                patient_scores, scored, smallest_difference)
 
 # %% ../nbs/52_claims.ipynb #ee4efc84
 ADAPTERS = ("lora-c", "convlora", "cp-lora", "dora-c", "convdora", "cp-dora")
 RANKLESS = ("none", "norm-stats", "scratch", "fine-tuning")
 Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
 
-# %% ../nbs/52_claims.ipynb #2ba84f08
+# %% ../nbs/52_claims.ipynb #9b0106a8
 class Plan(BaseModel):
     """What is compared, fixed beforehand; a section of a study file. Strategies are named as in fine-tuning-decoding.
 
@@ -41,20 +41,20 @@ class Plan(BaseModel):
     score: str = "dice_soft"
     baseline: str = "none"
     standard: str = "fine-tuning-decoding"
-    adapters: list[str] = Field(list(ADAPTERS), min_length=1)
+    adapters: list[str] = Field(default=list(ADAPTERS), min_length=1)
     region: str = "decoding"
     ranks: list[PositiveInt] = []
     newer: str = "cp-lora"
-    others: list[str] = Field(["lora-c", "convlora"], min_length=1)
-    margin: float = Field(0.03, gt=0)
+    others: list[str] = Field(default=["lora-c", "convlora"], min_length=1)
+    margin: float = Field(default=0.03, gt=0)
     equal_rank: PositiveInt = 8
     equal_rank_pairs: list[Pair] = []
     equal_parameter_pairs: list[Pair] = []
-    near: float = Field(2.5, ge=1)
+    near: float = Field(default=2.5, ge=1)
     strictly_low: PositiveInt = 2
     over: PositiveInt = 32
-    alpha: float = Field(0.05, gt=0, lt=0.5)
-    minimum: int = Field(6, ge=6)
+    alpha: float = Field(default=0.05, gt=0, lt=0.5)
+    minimum: int = Field(default=6, ge=6)
 
     @model_validator(mode="after")
     def _low_is_below_over(self) -> "Plan":
@@ -62,7 +62,7 @@ class Plan(BaseModel):
             raise ValueError(f"strictly_low ({self.strictly_low}) must be below over ({self.over})")
         return self
 
-# %% ../nbs/52_claims.ipynb #dae930ec
+# %% ../nbs/52_claims.ipynb #1399d9e3
 @dataclass(frozen=True)
 class Evidence:
     "Scores (patients, strategies); `parts`: method, rank, region per strategy; mL per patient; trainable parameters."
@@ -74,8 +74,8 @@ class Evidence:
 
     def named(self, method: str, region: str) -> dict[int, str]:
         "Rank -> strategy of a method in a region."
-        found = self.parts[(self.parts.method == method) & (self.parts.region == region)]
-        return {int(rank): name for name, rank in found["rank"].sort_values().items() if not math.isnan(rank)}
+        found = self.parts.loc[(self.parts.method == method) & (self.parts.region == region), "rank"].dropna()
+        return {int(rank): str(name) for name, rank in found.sort_values().items()}
 
 
 def count_parameters(trainable: Mapping[str, int]) -> dict[str, int]:
@@ -87,13 +87,24 @@ def count_parameters(trainable: Mapping[str, int]) -> dict[str, int]:
             raise ValueError(f"{name} has {counts[name]:,} and {count:,} trainable parameters; pass one study's runs")
     return counts
 
-# %% ../nbs/52_claims.ipynb #94c50264
+
+def _check_one_comparison(rows: pd.DataFrame) -> None:
+    "Raises: ValueError where runs on all training patients and on few, or of several networks, lie in one table."
+    for column, words in (("patients", "numbers of training patients"), ("network", "networks")):
+        if column in rows:
+            there = sorted({"" if pd.isna(one) else f"{one:g}" if isinstance(one, float) else str(one) for one in rows[column]})
+            if len(there) > 1:
+                found = ", ".join(one or "the study's own" for one in there)
+                raise ValueError(f"runs with several {words} ({found}) in one table; pass those of one comparison")
+
+# %% ../nbs/52_claims.ipynb #b6bb8991
 def gather(patients: pd.DataFrame, trainable: Mapping[str, int], plan: Plan) -> Evidence:
     """Evidence from a table of patients and trainable parameters per run.
 
-    Raises: ValueError for a missing column, or one method, rank and region that was run in two ways.
+    Raises: ValueError for a missing column, or runs of more than one comparison.
     """
     rows = scored(patients, plan.score)
+    _check_one_comparison(rows)
     parts = rows.drop_duplicates("strategy").set_index("strategy")[["method", "rank", "region"]]
     parts = parts.assign(rank=pd.to_numeric(parts["rank"], errors="coerce"), region=parts.region.fillna("").astype(str))
     parts.loc[parts.method.isin(RANKLESS), "rank"] = math.nan
@@ -113,7 +124,7 @@ def method_scores(evidence: Evidence, ranks: Sequence[int] = ()) -> pd.DataFrame
     return pd.DataFrame({name: evidence.scores[list(group.index)].mean(axis=1, skipna=False)
                          for name, group in kept.groupby(names, sort=False)}, index=evidence.scores.index)
 
-# %% ../nbs/52_claims.ipynb #84c88978
+# %% ../nbs/52_claims.ipynb #cf5c6891
 VERDICTS = ("supported", "contradicted", "inconclusive", "not tested")
 CLAIMS = {1: "Transfer is feasible: fine-tuning on the target beats none.",
           2: "LoRA-based methods beat standard fine-tuning.",
@@ -124,7 +135,7 @@ CLAIMS = {1: "Transfer is feasible: fine-tuning on the target beats none.",
 
 @dataclass(frozen=True, repr=False)
 class Claim(Result):
-    "A claim of the paper on this cohort; `details`: what the verdict rests on, one entry per comparison."
+    "A claim of the paper on this cohort; `details`: one entry per comparison; `p_holm`: `p` adjusted over the claims."
 
     number: int
     claim: str
@@ -138,6 +149,7 @@ class Claim(Result):
     reason: str = ""
     sentence: str = ""
     details: tuple[dict[str, Any], ...] = ()
+    p_holm: float | None = None
 
     def __repr__(self) -> str:
         return f"{self.number}. {self.claim} {self.verdict.capitalize()}. {self.sentence}"
@@ -165,23 +177,28 @@ def not_tested(number: int, test: str, reason: str) -> Claim:
     sentence = f"This study can not tell: {reason}."
     return Claim(number, CLAIMS[number], "not tested", test, reason=reason, sentence=sentence)
 
-# %% ../nbs/52_claims.ipynb #ae5c2c97
+# %% ../nbs/52_claims.ipynb #dc0a943c
 def decide(test: Paired, parts: Sequence[Comparison], plan: Plan) -> tuple[str, str]:
     "(verdict, reason) of a one-sided claim: `test` of the mean over methods, `parts` of single methods."
     if test.n < plan.minimum:
         return "inconclusive", f"too few patients: {test.n}, the plan asks for {plan.minimum}"
-    if test.note:
+    if test.note or test.p is None:
         return "inconclusive", test.note
     if test.p >= plan.alpha:
         if test.interval and max(map(abs, test.interval)) < plan.margin:
             return "inconclusive", f"any difference is smaller than {plan.margin:g}"
-        least = smallest_difference(test.n, test.sd, alpha=plan.alpha)
+        least = smallest_difference(test.n, test.sd or 0.0, alpha=plan.alpha)
         return "inconclusive", f"{test.n} patients would show a difference of {least:.3f} in four of five studies"
-    if test.rank_biserial < 0:
+    if _sign(test) < 0:
         return "contradicted", "significantly the other way"
-    if lower := [part.name for part in parts if part.significant and part.test.rank_biserial < 0]:
+    if lower := [part.name for part in parts if part.significant and _sign(part.test) < 0]:
         return "inconclusive", f"higher on average, but significantly lower with {', '.join(lower)}"
     return "supported", ""
+
+
+def _sign(test: Paired) -> int:
+    "Which way the ranks lean: 1, 0 or -1."
+    return 0 if not test.rank_biserial else 1 if test.rank_biserial > 0 else -1
 
 
 def without_p(compared: Comparisons) -> Comparisons:
@@ -197,18 +214,18 @@ def detail(part: Comparison, **more: Any) -> dict[str, Any]:
             "interval": test.interval, "p": test.p, "p_holm": part.p_holm, "rank_biserial": test.rank_biserial,
             "significant": part.significant, **more}
 
-# %% ../nbs/52_claims.ipynb #057deb76
+# %% ../nbs/52_claims.ipynb #b10f3e21
 def one_beats_other(number: int, sides: pd.DataFrame, pairs: Sequence[tuple[str, str]], subject: str, other: str,
                     plan: Plan) -> Claim:
     "Judge 'subject beats other' on the patients' mean over `pairs` of columns of `sides`, and on each pair."
     compared = compare(sides, pairs, plan.alpha)
-    high, low = (sides[[pair[i] for pair in pairs]].mean(axis=1, skipna=False) for i in (0, 1))
+    high, low = (sides.loc[:, [pair[i] for pair in pairs]].mean(axis=1, skipna=False) for i in (0, 1))
     test = paired(high, low)
     if test.n < plan.minimum:
         test, compared = replace(test, p=None), without_p(compared)
     verdict, reason = decide(test, compared.pairs, plan)
     sign = -1 if (test.difference or 0) < 0 else 1
-    likewise = sum(part.significant and sign * part.test.rank_biserial > 0 for part in compared.pairs)
+    likewise = sum(part.significant and _sign(part.test) == sign for part in compared.pairs)
     alone = f"; {likewise} of {len(pairs)} methods alone were significantly {'higher' if sign > 0 else 'lower'}"
     alone = alone if len(pairs) > 1 and test.p is not None else ""
     name = f"signed-rank test of {subject} against {other}, mean over methods per patient"
@@ -230,12 +247,12 @@ def _sentence(verdict: str, reason: str, test: Paired, reference: float, subject
         return f"Whether {subject} beat {other} stays open: {_score(plan)} was {way} by {facts}; {reason}."
     return f"{subject[0].upper()}{subject[1:]} scored {way} {_score(plan)} than {other}, by {facts}."
 
-# %% ../nbs/52_claims.ipynb #30a631c0
+# %% ../nbs/52_claims.ipynb #e42a2254
 def methods_of(evidence: Evidence, names: Sequence[str], region: str | None = None) -> list[str]:
     "Columns of `method_scores` for these methods, in one region or in all."
-    parts = evidence.parts[evidence.parts.method.isin(names)]
+    parts = evidence.parts.loc[evidence.parts.method.isin(names)]
     if region is not None:
-        parts = parts[parts.region == region]
+        parts = parts.loc[parts.region == region]
     return list(dict.fromkeys(f"{method}-{at}" if at else method for method, at in zip(parts.method, parts.region)))
 
 
@@ -264,7 +281,7 @@ def claim_2(evidence: Evidence, plan: Plan) -> Claim:
     return one_beats_other(2, sides, [(name, plan.standard) for name in adapters], "LoRA-based methods",
                            f"standard fine-tuning ({plan.standard})", plan)
 
-# %% ../nbs/52_claims.ipynb #ea19453a
+# %% ../nbs/52_claims.ipynb #70805cee
 def rank_sides(evidence: Evidence, plan: Plan) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
     "Per adapter with both kinds of ranks: scores over low and over high ranks, and the pairs of columns."
     columns, pairs = {}, []
@@ -274,7 +291,8 @@ def rank_sides(evidence: Evidence, plan: Plan) -> tuple[pd.DataFrame, list[tuple
                  f"{method}, ranks up to {plan.strictly_low}": [name for rank, name in at if rank <= plan.strictly_low]}
         if all(kinds.values()):
             columns |= {label: evidence.scores[names].mean(axis=1, skipna=False) for label, names in kinds.items()}
-            pairs.append(tuple(kinds))
+            high, low = kinds
+            pairs.append((high, low))
     return pd.DataFrame(columns, index=evidence.scores.index), pairs
 
 
@@ -287,7 +305,7 @@ def rank_trend(evidence: Evidence, plan: Plan) -> Trend | None:
     means = {rank: evidence.scores[[at[rank] for at in several]].mean(axis=1, skipna=False) for rank in shared}
     return page_trend(pd.DataFrame(means))
 
-# %% ../nbs/52_claims.ipynb #80412de3
+# %% ../nbs/52_claims.ipynb #b079e790
 def claim_5(evidence: Evidence, plan: Plan) -> Claim:
     "Over-parameterized against strictly low ranks, both defined by number in the plan."
     sides, pairs = rank_sides(evidence, plan)
@@ -296,7 +314,7 @@ def claim_5(evidence: Evidence, plan: Plan) -> Claim:
                           f"no adapter was run at ranks up to {plan.strictly_low} and at {plan.over} or above")
     high, low = f"ranks of {plan.over} and above", f"ranks up to {plan.strictly_low}"
     claim, trend = one_beats_other(5, sides, pairs, high, low, plan), rank_trend(evidence, plan)
-    if trend is None or claim.n < plan.minimum:
+    if trend is None or (claim.n or 0) < plan.minimum:
         return claim
     return replace(claim, details=(*claim.details, {"name": "Page's trend over ranks", **asdict(trend)}))
 
@@ -309,10 +327,10 @@ def volume_trends(evidence: Evidence, plan: Plan) -> tuple[dict[str, Any], ...]:
     adjusted = holm([one.p for one in found.values()])
     return tuple({"name": name, **asdict(one), "p_holm": p} for (name, one), p in zip(found.items(), adjusted))
 
-# %% ../nbs/52_claims.ipynb #09c68215
+# %% ../nbs/52_claims.ipynb #067f6e5d
 def claim_3(evidence: Evidence, plan: Plan) -> Claim:
     "Rank correlation of score and volume for every method."
-    test, known = "Spearman's rho of score and volume, every method", evidence.volumes[evidence.volumes > 0]
+    test, known = "Spearman's rho of score and volume, every method", evidence.volumes.loc[evidence.volumes > 0]
     if known.nunique() < 2:
         return not_tested(3, test, "no volume is known" if known.empty else "all known volumes are the same")
     trends = volume_trends(evidence, plan)
@@ -350,11 +368,11 @@ def _volume_sentence(claim: Claim, weakest: str, plan: Plan) -> str:
              "inconclusive": f"Whether {name} rises with volume for every method stays open: {claim.reason} ({facts})."}
     return start[claim.verdict] + left_out
 
-# %% ../nbs/52_claims.ipynb #1632e164
+# %% ../nbs/52_claims.ipynb #d47e0ef7
 def equal_rank_pairs(evidence: Evidence, plan: Plan) -> list[tuple[str, str]]:
     "The newer method and each other one at the plan's rank, where both were run; or the plan's own pairs."
     if plan.equal_rank_pairs:
-        return [tuple(pair) for pair in plan.equal_rank_pairs if set(pair) <= set(evidence.scores)]
+        return [(one, other) for one, other in plan.equal_rank_pairs if {one, other} <= set(evidence.scores)]
     mine = evidence.named(plan.newer, plan.region).get(plan.equal_rank)
     others = [evidence.named(other, plan.region).get(plan.equal_rank) for other in plan.others]
     return [(mine, other) for other in others if mine and other]
@@ -366,7 +384,7 @@ def equal_parameter_pairs(evidence: Evidence, plan: Plan) -> list[tuple[str, str
     Only runs of the newer method with no more parameters than the other (10 % at most) count: the harder side to take.
     """
     if plan.equal_parameter_pairs:
-        return [tuple(pair) for pair in plan.equal_parameter_pairs if set(pair) <= set(evidence.scores)]
+        return [(one, other) for one, other in plan.equal_parameter_pairs if {one, other} <= set(evidence.scores)]
     counts, pairs = evidence.trainable, []
     mine = [name for name in evidence.named(plan.newer, plan.region).values() if counts.get(name)]
     for method in plan.others:
@@ -406,7 +424,7 @@ def lacking_pairs(entries: Sequence[Mapping[str, Any]], evidence: Evidence, plan
         lacking += [f"{plan.newer} and {name} at {kind}" for name in asked if name not in found]
     return lacking
 
-# %% ../nbs/52_claims.ipynb #b30e9f64
+# %% ../nbs/52_claims.ipynb #fb379a5d
 def claim_4(evidence: Evidence, plan: Plan) -> Claim:
     "Non-inferiority of the newer method at equal rank, with fewer parameters, and at equal parameter count."
     test = f"one-sided signed-rank tests against -{plan.margin:g}, at equal rank and at equal parameter count"
@@ -419,8 +437,8 @@ def claim_4(evidence: Evidence, plan: Plan) -> Claim:
     verdict, reason = _verdict_4(entries, lacking, plan)
     worse = [entry for entry in entries if entry["p_worse_holm"] is not None and entry["p_worse_holm"] < plan.alpha]
     at = min(worse or entries, key=lambda entry: (entry["interval"] or (-math.inf,))[0])
-    p = at["p_worse_holm"] if worse else None if any(entry["p_lower"] is None for entry in entries) else \
-        max(entry["p_lower"] for entry in entries)
+    untested = verdict == "contradicted" or any(entry["p_lower"] is None for entry in entries)  # by a count of parameters
+    p = at["p_worse_holm"] if worse else None if untested else max(entry["p_lower"] for entry in entries)
     claim = Claim(4, CLAIMS[4], verdict, test, at["difference"], at["interval"], p, at["n"], at["dropped"], reason,
                   details=entries)
     return replace(claim, sentence=_sentence_4(claim, at, plan))
@@ -463,18 +481,27 @@ def _sentence_4(claim: Claim, at: Mapping[str, Any], plan: Plan) -> str:
             "inconclusive": f"Whether {plan.newer} is comparable{share} stays open: {claim.reason} "
                             f"({facts})."}[claim.verdict]
 
-# %% ../nbs/52_claims.ipynb #6f37ff2b
+# %% ../nbs/52_claims.ipynb #fcee9fac
 def judge(patients: pd.DataFrame, trainable: Mapping[str, int], plan: Plan = Plan()) -> list[Claim]:
     """The five claims on a table of patients (one study; rows with role test count).
 
     `trainable`: trainable parameters per run or strategy. Raises: ValueError for a table that can not be read.
     """
     evidence = gather(patients, trainable, plan)
-    return [claim(evidence, plan) for claim in (claim_1, claim_2, claim_3, claim_4, claim_5)]
+    claims = [claim(evidence, plan) for claim in (claim_1, claim_2, claim_3, claim_4, claim_5)]
+    return [_among_five(one, p, plan) for one, p in zip(claims, holm([one.p for one in claims]))]
+
+
+def _among_five(one: Claim, p: float | None, plan: Plan) -> Claim:
+    "A claim with its p value adjusted over the claims; inconclusive where the verdict rests on the unadjusted one alone."
+    if one.verdict in ("inconclusive", "not tested") or p is None or p < plan.alpha:
+        return replace(one, p_holm=p)
+    reason = f"{_p(p)} when adjusted for the claims that were tested (Holm)"
+    return replace(one, verdict="inconclusive", p_holm=p, reason=reason, sentence=f"{one.sentence} This stays open, though: {reason}.")
 
 
 def ledger_table(claims: Sequence[Claim]) -> pd.DataFrame:
     "One row per claim: verdict, effect, interval, p, n and the sentence that may be written."
-    names = ["number", "claim", "verdict", "effect", "low", "high", "p", "n", "sentence"]
-    return pd.DataFrame([(one.number, one.claim, one.verdict, one.effect, *(one.interval or (None, None)), one.p, one.n,
-                          one.sentence) for one in claims], columns=names)
+    names = ["number", "claim", "verdict", "effect", "low", "high", "p", "p_holm", "n", "sentence"]
+    return pd.DataFrame([(one.number, one.claim, one.verdict, one.effect, *(one.interval or (None, None)), one.p,
+                          one.p_holm, one.n, one.sentence) for one in claims], columns=names)

@@ -8,7 +8,7 @@ __all__ = ['CohortSpec', 'RateSpec', 'FoldsSpec', 'project_folder', 'project_pat
            'nearest', 'claims_plan', 'read_study', 'network_of', 'strategy_of', 'expand_runs', 'check_parameters',
            'make_cohort', 'make_folds', 'training_values', 'base_at_hand']
 
-# %% ../nbs/42_study.ipynb #24908903
+# %% ../nbs/42_study.ipynb #76f0b2af
 import ast
 import difflib
 import os
@@ -22,6 +22,8 @@ import yaml
 from pydantic import (BaseModel, ConfigDict, Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag,
                       TypeAdapter, ValidationError)
 
+from .locks import one_writer
+
 # %% ../nbs/42_study.ipynb #f8b362ae
 def project_folder(start: str | Path | None = None) -> Path:
     "The nearest folder at or above `start` (default: where Python runs) that holds settings.ini, else `start` itself."
@@ -34,7 +36,7 @@ def project_path(path: str | Path) -> Path:
     expanded = os.path.expandvars(os.path.expanduser(str(path)))
     return project_folder() / expanded
 
-# %% ../nbs/42_study.ipynb #e1de4f10
+# %% ../nbs/42_study.ipynb #f20f9ea1
 class Section(BaseModel):
     "A part of a study file: unknown keys and wrong types are errors."
 
@@ -66,7 +68,7 @@ class FolderSpec(Section):
     layout: Literal["folder"]
     path: str
 
-
+# %% ../nbs/42_study.ipynb #4511b2cb
 class PairsSpec(Section):
     """Scans and masks of one's own: `path` holds images/ and labels/ with NIfTI of the same names.
 
@@ -84,7 +86,7 @@ class PairsSpec(Section):
 
 CohortSpec = Annotated[PhantomSpec | CtIchSpec | FolderSpec | PairsSpec, Field(discriminator="layout")]
 
-# %% ../nbs/42_study.ipynb #a6b48fe7
+# %% ../nbs/42_study.ipynb #fe014b59
 class TrainingSpec(Section):
     "How long and how fast to train; `options`: whatever else a Training takes. A run may set its own steps and rate."
 
@@ -103,7 +105,7 @@ def _form_of_rate(value: Any) -> str:
 RateSpec = Annotated[Annotated[PositiveFloat, Tag("rate")] | Annotated[dict[int, PositiveFloat], Tag("ranks")]
                      | Annotated[Annotated[list[PositiveFloat], Field(min_length=1)], Tag("candidates")], Discriminator(_form_of_rate)]
 
-
+# %% ../nbs/42_study.ipynb #b6dd9535
 class RunSpec(Section):
     """One row of the comparison: one run per rank, region, number of patients and seed.
 
@@ -236,7 +238,7 @@ def _try_row(study: Study, row: RunSpec) -> None:
         for strategy in strategies.values():
             prepare(build_network(network_of(study, row.network)), strategy)
 
-# %% ../nbs/42_study.ipynb #6b1115e8
+# %% ../nbs/42_study.ipynb #94aa0e90
 def _check_parts(study: Study, where: str) -> None:
     "Raises: ValueError for a network, an option of a training, or a plan of claims that can not be."
     from sahlora.training import make_training
@@ -249,7 +251,7 @@ def _check_parts(study: Study, where: str) -> None:
         _say_where(f"{where}: {name}network", build_network, network)
         _say_where(f"{where}: {name}pretrain.options", make_training, pretrain.options)
 
-
+# %% ../nbs/42_study.ipynb #f6df67c7
 def _check_runs(study: Study, where: str) -> None:
     "Raises: ValueError for a method, network or region that does not exist, and for a run that is listed twice."
     from sahlora.strategies import REGIONS, strategy_words
@@ -372,7 +374,8 @@ def check_parameters(cells: Sequence[str]) -> dict[str, Any]:
         values[name] = value
     return values
 
-# %% ../nbs/42_study.ipynb #2c6295cb
+# %% ../nbs/42_study.ipynb #028284f9
+@one_writer("folder")
 def make_cohort(spec: "CohortSpec | dict[str, Any]", folder: str | Path) -> "Cohort":
     "The cohort that a section of a study describes, written to `folder` (a `folder` layout is read where it lies)."
     from sahlora.cohort import Cohort, make_phantom_cohort
@@ -387,7 +390,7 @@ def make_cohort(spec: "CohortSpec | dict[str, Any]", folder: str | Path) -> "Coh
         return _import_pairs(spec, folder)
     return Cohort.read(project_path(spec.path))
 
-
+# %% ../nbs/42_study.ipynb #a0092f2a
 def _import_pairs(spec: PairsSpec, folder: str | Path) -> "Cohort":
     "A user's scans as a cohort. Raises: ValueError that lists the scans that can not be used, FileNotFoundError."
     from sahlora.imports import import_cohort

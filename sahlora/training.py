@@ -8,7 +8,7 @@ __all__ = ['OPTIMIZERS', 'SCHEDULES', 'LOSSES', 'PLATEAU', 'Training', 'make_tra
            'pad_to_multiple', 'ct_to_images', 'predict', 'predict_volume', 'by_epoch', 'plateau', 'weights_hash',
            'save_network', 'load_network', 'median_pixel', 'pretrain']
 
-# %% ../nbs/40_training.ipynb #da335853
+# %% ../nbs/40_training.ipynb #3c0b95b9
 import difflib
 import math
 import sys
@@ -34,6 +34,7 @@ from .ct import HeadCT, window
 from .files import check_writable, load_tensors, save_tensors, write_csv, write_json
 from .folds import inner_split
 from .hardware import choose_device, choose_precision, keep_memory, run_facts
+from .locks import one_writer
 from .slices import BalancedBatches, SliceStore, open_store
 from .unet import build_network
 
@@ -475,13 +476,14 @@ def load_network(path: str | Path) -> tuple[nn.Module, dict[str, object]]:
         raise ValueError(f"{path}: the weights do not match the hash in its header; make or copy it again")
     return net.eval(), header
 
-# %% ../nbs/40_training.ipynb #ac7ca519
+# %% ../nbs/40_training.ipynb #e39032d6
 def median_pixel(cohort: Cohort) -> float | None:
     "Median size in mm of the cohort's pixels; None where no spacing is known. A prediction warns where a scan's differ."
     known = cohort.table.image[cohort.table.spacing == "known"]
     return round(float(np.median([scan_size(cohort.folder / image)[1][:2] for image in known])), 4) if len(known) else None
 
-
+# %% ../nbs/40_training.ipynb #8a30b429
+@one_writer("out")
 def pretrain(cohort: Cohort, out: str | Path, network: Mapping[str, object], training: Mapping[str, object],
              quiet: bool = False, tensorboard: str | Path | None = None) -> pd.DataFrame:
     """Train a fresh `network` on a cohort; writes model.safetensors, history.csv, epochs.csv and run.json; the history.

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEVERAL', 'HARDLY', 'KEYS', 'score_cohort', 'collapse', 'cross_validate', 'load_run', 'load_examples']
 
-# %% ../nbs/41_transfer.ipynb #077dce4b
+# %% ../nbs/41_transfer.ipynb #fecd11c3
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -27,6 +27,7 @@ from .files import (atomic_folder, atomic_path, check_writable, load_tensors, ob
                            write_csv, write_json)
 from .folds import Fold, check_folds, fewer, inner_split
 from .hardware import run_facts
+from .locks import one_writer
 from .slices import SliceStore, open_store
 from .strategies import Strategy, how_to_train, moving, prepare, rates, recompute_norms, training_notes
 from .training import by_epoch, dice_of_rows, load_network, plateau, predict_volume, train, weights_hash
@@ -236,7 +237,8 @@ def _table(done: Sequence[Path], strategy: Strategy, study: str) -> pd.DataFrame
                          patients=strategy.patients or pd.NA, rank=strategy.rank if strategy.is_adapter else pd.NA, seed=strategy.seed)
     return table[[*KEYS, *(column for column in table if column not in KEYS)]].reset_index(drop=True)
 
-# %% ../nbs/41_transfer.ipynb #6d31fe5a
+# %% ../nbs/41_transfer.ipynb #fe4600da
+@one_writer("out")
 def cross_validate(base: str | Path, cohort: Cohort, strategy: Strategy, folds: Sequence[Fold], out: str | Path,
                    study: str = "", facts: Mapping[str, object] | None = None, quiet: bool = False,
                    tensorboard: str | Path | None = None, every: int = 200) -> pd.DataFrame:

@@ -13,6 +13,10 @@ import render_readme
 from check_export import check
 
 
+REQUIREMENTS = ("requirements", "dicom_requirements", "tensorboard_requirements", "slurm_requirements", "dev_requirements",
+                "oracle_requirements")
+
+
 @pytest.fixture(scope="module")
 def settings(project):
     config = ConfigParser(interpolation=None)
@@ -46,12 +50,11 @@ def test_pyproject_mirrors_settings(settings, pyproject):
 def test_installed_metadata_is_what_settings_say(settings):
     assert metadata.version("sahlora") == settings["version"]
     asked = {normal(re.split(r"[ ;<>=]", line)[0]) for line in metadata.requires("sahlora")}
-    keys = ("requirements", "dicom_requirements", "tensorboard_requirements", "dev_requirements", "oracle_requirements")
-    assert asked == {normal(name) for key in keys for name in settings[key].split()}
+    assert asked == {normal(name) for key in REQUIREMENTS for name in settings[key].split()}
 
 
 def test_versions_are_pinned_once(project, settings):
-    for key in ("requirements", "dicom_requirements", "tensorboard_requirements", "dev_requirements", "oracle_requirements"):
+    for key in REQUIREMENTS:
         assert not re.search(r"[=<>~]", settings[key]), f"{key}: versions belong into constraints.txt"
     assert (project / "environment.yml").read_text() == render_environment.render(), "run `make pins`"
 

@@ -1,0 +1,386 @@
+"""Results, tables, figures and PDF of a report: from whole studies, from studies with holes, and from the committed files alone."""
+import contextlib
+import json
+import math
+import re
+import shutil
+import subprocess
+
+import pandas as pd
+import pytest
+import yaml
+
+from sahlora import report, results, tables
+from sahlora.folds import kfold
+from sahlora.study import Study, expand_runs, make_cohort, network_of, read_study, strategy_of
+from sahlora.training import pretrain
+from sahlora.transfer import cross_validate
+
+ROWS = [{"method": "none"}, {"method": "fine-tuning"}, {"method": "cp-lora", "ranks": [2, 8]},
+        {"method": "cp-lora", "patients": [2], "seeds": [0]}, {"method": "none", "network": "unet", "seeds": [0]}]
+UNET = {"network": {"name": "unet", "levels": 2, "width": 4}, "pretrain": {"steps": 2, "batch_size": 4}}
+
+
+@pytest.fixture(scope="module")
+def study(project):
+    content = read_study(project / "paper/studies/smoke.yaml").model_dump()
+    small = {role: {**content[role], "cases": 6, "grid": [24, 32]} for role in ("source", "target")}
+    return Study.model_validate({**content, **small, "networks": {"unet": UNET}, "seeds": [0, 1], "runs": ROWS})
+
+
+@pytest.fixture(scope="module")
+def runs(study, tmp_path_factory):
+    "Folder of a tiny study: two seeds, fewer training patients, a second network."
+    folder = tmp_path_factory.mktemp("runs")
+    source, target = (make_cohort(getattr(study, role), folder / "cohorts" / role) for role in ("source", "target"))
+    with contextlib.redirect_stdout(None):
+        for name in ("", "unet"):
+            how = {"steps": 3, "batch_size": 4, "learning_rate": 3e-3, "seed": 0}
+            pretrain(source, results.base_folder(folder, name), network_of(study, name), how, quiet=True)
+        for run in expand_runs(study):
+            short = strategy_of({**run, "steps": 2, "batch_size": 2})
+            base = results.base_folder(folder, run["network"]) / "model.safetensors"
+            cross_validate(base, target, short, kfold(target.patients, 2), folder / "finetune" / run["id"], study="tiny", quiet=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def collected(study, runs):
+    return results.collect(study, runs)[0]
+
+
+@pytest.fixture
+def copied(runs, tmp_path):
+    "A copy of the study's folder, to be tampered with."
+    return shutil.copytree(runs, tmp_path / "runs")
+
+
+def with_rows(study, **changes):
+    return Study.model_validate({**study.model_dump(), **changes})
+
+
+def rewrite(folder, change):
+    "Change patients.csv of every run."
+    for path in (folder / "finetune").glob("*/patients.csv"):
+        change(pd.read_csv(path, keep_default_na=False, na_values=[""])).to_csv(path, index=False)
+
+
+# ---- the schema, and numbers checked by hand
+
+def test_the_schema_is_the_one_that_paper_and_figures_read(collected):
+    assert set(collected) == {"study", "plan", "cohorts", "patients", "pretrain", "runs", "summaries", "claims", "seeds", "bins", "volumes",
+                              "amounts", "networks", "published", "provenance", "failed", "missing", "shown"}
+    names = ["none", "none", "fine-tuning-decoding", "fine-tuning-decoding", "cp-lora-r2-decoding", "cp-lora-r8-decoding",
+             "cp-lora-r2-decoding", "cp-lora-r8-decoding", "cp-lora-r8-decoding-n2", "unet-none"]
+    assert [run["name"] for run in collected["runs"]] == names
+    assert [run["patients"] for run in collected["runs"]] == [None] * 8 + [2, None]
+    assert [run["network"] for run in collected["runs"]] == [""] * 9 + ["unet"]
+    assert set(collected["seeds"][0]) == {"strategy", "seeds", "sd_seeds", "sd_patients"}
+    assert set(collected["bins"][0]) == {"strategy", "bin", "n", "mean", "sd", "low", "high"}
+    assert set(collected["amounts"][0]) == {"strategy", "patients", "n", "mean", "low", "high"}
+    assert set(collected["networks"][0]) == {"network", "parameters", "strategy", "trainable", "n", "mean", "sd", "low", "high"}
+    assert set(collected["provenance"]) == {"commit", "configuration", "sahlora", "torch", "python"}
+    assert collected["plan"]["margin"] == 0.03 and collected["plan"]["standard"] == "fine-tuning-decoding"
+    assert not re.search(r'"(seconds|cpu_seconds|date|hostname|processor)"', json.dumps(collected))
+    assert not collected["failed"] and not collected["missing"]
+
+
+def test_only_compared_runs_are_concluded_from(collected):
+    compared = ["none", "fine-tuning-decoding", "cp-lora-r2-decoding", "cp-lora-r8-decoding"]
+    for key in ("summaries", "seeds", "volumes"):
+        assert [row["strategy"] for row in collected[key]] == compared, key
+    assert {row["strategy"] for row in collected["bins"]} == set(compared) and len(collected["claims"]) == 5
+
+
+def test_means_are_over_patients_of_their_means_over_seeds(collected):
+    frame = pd.DataFrame(collected["patients"])
+    for row in collected["summaries"]:
+        mine = frame[frame.run.isin([f"{row['strategy']}-s0", f"{row['strategy']}-s1"])]
+        by_patient = mine.groupby("patient").dice_soft.mean()
+        assert row["n"] == 6 and row["mean"] == pytest.approx(by_patient.mean()) and row["sd"] == pytest.approx(by_patient.std())
+        seeds = mine.groupby("seed").dice_soft.mean()
+        spread = next(one for one in collected["seeds"] if one["strategy"] == row["strategy"])
+        assert spread["seeds"] == 2 and spread["sd_seeds"] == pytest.approx(seeds.std(), abs=1e-8)
+
+
+def test_amounts_hold_the_number_really_used_and_the_same_seed(collected):
+    assert [(row["strategy"], row["patients"]) for row in collected["amounts"]] == [("cp-lora-r8-decoding", 2), ("cp-lora-r8-decoding", 3)]
+    frame = pd.DataFrame(collected["patients"])
+    whole = frame[frame.run == "cp-lora-r8-decoding-s0"].dice_soft.mean()
+    assert collected["amounts"][1]["mean"] == pytest.approx(whole), "seed 1 has no run with fewer patients"
+
+
+def test_another_network_stands_apart(collected):
+    (row,) = collected["networks"]
+    assert (row["network"], row["strategy"], row["trainable"], row["n"]) == ("unet", "none", 0, 6)
+    assert 0 < row["parameters"] < 100_000 != collected["pretrain"]["parameters"] == 232_737
+
+
+def invented(dice, ml, predicted, bins):
+    "Test patients of one strategy: one seed, one row each."
+    return pd.DataFrame([{"run": "none-s0", "method": "none", "rank": math.nan, "region": "", "seed": 0, "patient": f"p{k}", "role": "test",
+                          "dice_soft": score, "volume_ml": one, "predicted_ml": other, "volume_bin": name}
+                         for k, (score, one, other, name) in enumerate(zip(dice, ml, predicted, bins))])
+
+
+def test_bins_by_hand():
+    rows = invented([0.1, 0.3, *[0.5] * 5, 0.8], [5] * 2 + [30] * 6, [5] * 8, ["<25"] * 2 + ["25-50"] * 6)
+    low, middle = results.bin_rows(rows)
+    assert (low["bin"], low["n"], low["mean"]) == ("<25", 2, pytest.approx(0.2)) and math.isnan(low["low"]) and math.isnan(low["high"])
+    assert low["sd"] == pytest.approx(math.sqrt(0.02))
+    assert middle["n"] == 6 and middle["mean"] == pytest.approx(0.55) and middle["low"] < 0.55 < middle["high"]
+
+
+def test_agreement_by_hand():
+    (row,) = results.agreement_rows(invented([0.5] * 4, [10, 20, 30, 40], [12, 18, 33, 41], ["<25"] * 4))
+    assert row["bias"] == pytest.approx(1.0) and row["n"] == 4  # +2, -2, +3, +1
+    sd = math.sqrt((1 + 9 + 4 + 0) / 3)
+    assert row["loa_low"] == pytest.approx(1 - 1.96 * sd) and row["loa_high"] == pytest.approx(1 + 1.96 * sd)
+    assert row["loa_low_low"] < row["loa_low"] < row["loa_low_high"] < row["loa_high_low"] < row["loa_high"] < row["loa_high_high"]
+    assert row["bias_low"] < 1 < row["bias_high"] and 0.9 < row["ccc"] <= 1 and 0.9 < row["icc"] <= 1 and row["slope_p"] is None
+
+
+def test_losses_are_thinned_to_blocks():
+    history = pd.DataFrame({"fold": [0] * 250 + [1] * 250, "step": [*range(1, 251)] * 2, "loss": [1.0] * 250 + [0.5] * 250})
+    thin = results.thin_history(history)
+    assert thin.groupby("fold").size().tolist() == [84, 84] and thin.step.max() == 250  # blocks of 3, the last of 1
+    assert thin.groupby("fold").loss.unique().tolist() == [[1.0], [0.5]]
+    few = history[history.step < 4]
+    assert results.thin_history(few).loss.tolist() == few.loss.tolist(), "short ones stay as they are"
+
+
+def test_the_histories_of_a_big_study_stay_small():
+    history = pd.DataFrame({"fold": 0, "step": range(1, 801), "loss": 0.123456789})
+    one = results.thin_history(history).assign(run="cp-lora-r32-decoding-s0").to_csv(index=False)
+    assert 168 * len(one) < 2e6
+
+
+# ---- studies with holes
+
+ERROR = {"cells": [{"cell_type": "code", "outputs": [{"output_type": "error", "ename": "FloatingPointError", "evalue": "the loss is nan\nmore"}]}],
+         "metadata": {}}
+
+
+def test_failed_and_missing_runs_are_named_and_the_rest_completes(study, copied, collected):
+    shutil.rmtree(copied / "finetune/cp-lora-r2-decoding-s1")
+    failed = copied / "finetune/fine-tuning-decoding-s0"
+    for path in failed.iterdir():
+        path.unlink()
+    (failed / "finetune.ipynb").write_text(json.dumps(ERROR))
+    found, cost = results.collect(study, copied)
+    assert found["failed"] == [{"id": "fine-tuning-decoding-s0", "name": "fine-tuning-decoding", "error": "FloatingPointError: the loss is nan",
+                                "notebook": "finetune/fine-tuning-decoding-s0/finetune.ipynb"}]
+    assert found["missing"] == ["cp-lora-r2-decoding-s1"] and len(found["runs"]) == 8
+    assert {row["strategy"]: row["seeds"] for row in found["seeds"]} == {
+        "none": 2, "fine-tuning-decoding": 1, "cp-lora-r2-decoding": 1, "cp-lora-r8-decoding": 2}
+    assert found["summaries"][0] == collected["summaries"][0] and len(found["claims"]) == 5
+    lines = tables.gap_lines(found)
+    assert len(lines) == 2 and "the loss is nan" in lines[0] and "cp-lora-r2-decoding-s1" in lines[1]
+
+
+@pytest.mark.parametrize("content, failed", [
+    ("{\"cells\": [", False),  # killed while it was written
+    (json.dumps({"cells": [], "metadata": {"papermill": {"exception": None}}}), False),  # killed between two cells
+    (json.dumps({"cells": [], "metadata": {"papermill": {"exception": True}}}), True),  # the kernel died
+])
+def test_what_a_killed_run_left_behind(study, copied, content, failed):
+    folder = copied / "finetune/none-s0"
+    (folder / "run.json").unlink()
+    (folder / "finetune.ipynb").write_text(content)
+    found, _ = results.collect(study, copied)
+    assert bool(found["failed"]) == failed and found["missing"] == ([] if failed else ["none-s0"])
+
+
+def test_without_any_run_there_is_no_report(study, copied):
+    for folder in (copied / "finetune").iterdir():
+        (folder / "run.json").unlink()
+    (copied / "finetune/none-s0/finetune.ipynb").write_text(json.dumps(ERROR))
+    with pytest.raises(FileNotFoundError, match="not one run of smoke is complete.*1 failed.*9 never ran.*the loss is nan.*make paper"):
+        results.collect(study, copied)
+
+
+def test_one_seed_has_no_spread(study, runs):
+    found, _ = results.collect(with_rows(study, seeds=[0], runs=ROWS[:3]), runs)
+    assert all(row["seeds"] == 1 and row["sd_seeds"] is None for row in found["seeds"])
+    assert found["amounts"] == [] and found["networks"] == [] and not len(tables.seed_table(found))
+    assert not len(tables.amount_table(found)) and not len(tables.network_table(found))
+
+
+def drawn(found, histories, pictures):
+    "Names of the figures that a study has data for, each drawn and closed."
+    import matplotlib.pyplot as plt
+
+    makers = report.figure_makers(found, histories, pictures)
+    for make in makers.values():
+        plt.close(make())
+    return set(makers)
+
+
+ALWAYS = {"overview", "network", "cohorts", "curves", "dice", "overlays"}
+
+
+def test_without_spacing_no_volume_is_known(study, copied, tmp_path):
+    rewrite(copied, lambda rows: rows.assign(volume_ml=math.nan, predicted_ml=math.nan, volume_bin="unknown", hd95_mm=math.nan))
+    results.write_results(study, copied, tmp_path / "report")
+    found, *rest = results.read_results(tmp_path / "report")
+    assert found["volumes"] == [] and {row["bin"] for row in found["bins"]} == {"unknown"} and len(found["summaries"]) == 4
+    assert drawn(found, *rest) == ALWAYS | {"parameters", "amounts", "ledger"}
+    assert tables.score_table(found)["HD95, mm"].tolist() == ["–"] * 4 and set(tables.patient_table(found)["mL"]) == {"unknown"}
+    assert next(claim for claim in found["claims"] if claim["number"] == 3)["verdict"] == "not tested"
+
+
+def test_a_fit_is_never_concluded_from(study, copied, tmp_path):
+    "As in the CT-ICH study: one patient tested, the others trained on."
+    rewrite(copied, lambda rows: rows.assign(role=["test"] + ["fit"] * (len(rows) - 1)))
+    results.write_results(study, copied, tmp_path / "report")
+    found, *rest = results.read_results(tmp_path / "report")
+    assert all(found[key] == [] for key in ("summaries", "claims", "seeds", "bins", "volumes", "amounts", "networks"))
+    assert drawn(found, *rest) == ALWAYS
+    rows, title = report.dice_rows(found)
+    assert title == "a fit, not a test" and len(rows) == 4 * 5
+    assert "soft Dice of the fit" in tables.strategy_table(found) and not len(tables.claims_table(found))
+    assert tables.patient_table(found).patient.str.endswith("(fit)").sum() == 5
+
+
+# ---- every table of every study
+
+def test_every_table_is_text_without_gaps_in_words(collected):
+    for name in ("strategy", "region", "rank", "score", "rate", "volume", "agreement", "seed", "amount", "network", "claims", "published",
+                 "patient", "cohort", "provenance"):
+        text = getattr(tables, f"{name}_table")(collected).to_markdown(index=False)
+        assert not re.search(r"\b(nan|None|NaN|NaT|<NA>)\b", text), name
+    assert tables.rank_table(collected).columns.tolist() == ["method", "rank 2", "rank 8"]
+    assert tables.region_table(collected).strategy.str.replace(" †", "").tolist() == ["No fine-tuning", "Fine-tuning, decoding"]
+    assert "another cohort" in " ".join(tables.published_table(collected).columns)
+
+
+def test_many_strategies_are_chosen_from_by_a_rule_in_words(collected):
+    run = collected["runs"][0]
+    many = [{**run, "name": f"{method}-r{rank}-decoding", "method": method, "rank": rank, "region": "decoding"}
+            for method in ("lora-c", "convlora", "cp-lora", "dora-c") for rank in (2, 8)]
+    found = {**collected, "runs": [*collected["runs"], *many]}
+    chosen, rule = tables.chosen_strategies(found)
+    assert chosen == ["none", "fine-tuning-decoding", "cp-lora-r8-decoding", "lora-c-r8-decoding", "convlora-r8-decoding"]
+    assert "rank 8" in rule and tables.chosen_strategies(collected)[1] == "all strategies"
+    assert tables.chosen_strategies({**found, "plan": {**found["plan"], "baseline": "x", "standard": "y", "equal_rank": 3}})[1].startswith("the first")
+
+
+# ---- provenance
+
+def git(folder, *words):
+    subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *words], cwd=folder, check=True, capture_output=True)
+
+
+def test_the_commit_says_whether_the_code_was_changed(tmp_path):
+    assert results.commit_of(tmp_path) == "unknown"
+    (tmp_path / "sahlora").mkdir()
+    (tmp_path / "sahlora/code.py").write_text("x = 1\n")
+    git(tmp_path, "init", "--quiet")
+    assert results.commit_of(tmp_path) == "unknown", "no commit yet"
+    git(tmp_path, "add", "--all")
+    git(tmp_path, "commit", "--quiet", "--message", "one")
+    clean = results.commit_of(tmp_path)
+    assert re.fullmatch("[0-9a-f]{40}", clean)
+    (tmp_path / "results.json").write_text("{}")
+    assert results.commit_of(tmp_path) == clean, "a result is not code"
+    (tmp_path / "sahlora/more.py").write_text("y = 2\n")
+    assert results.commit_of(tmp_path) == f"{clean}+changes"
+
+
+def test_the_configuration_changes_with_the_study_alone(study):
+    base = {"sahlora": "1", "torch": "2", "python": "3"}
+    one = results.describe_provenance(study, base)
+    assert one == results.describe_provenance(with_rows(study), base)
+    assert one["configuration"] != results.describe_provenance(with_rows(study, seeds=[0]), base)["configuration"]
+
+
+# ---- figures and PDF from the committed files alone
+
+@pytest.fixture(scope="module")
+def written(study, runs, tmp_path_factory):
+    "A report's folder with its figures and PDF, as the study itself makes them."
+    folder = tmp_path_factory.mktemp("report")
+    results.write_results(study, runs, folder)
+    report.draw_figures(folder, folder / "figures")
+    report.render_pdf(folder / "results.json", folder / "paper.pdf")
+    return folder
+
+
+def test_figures_and_pdf_come_again_from_three_files_byte_for_byte(written, tmp_path):
+    committed = tmp_path / "results"
+    committed.mkdir()
+    for name in ("results.json", "histories.csv", "pictures.safetensors"):
+        shutil.copy(written / name, committed)
+    report.draw_figures(committed, tmp_path / "figures")
+    report.render_pdf(committed / "results.json", tmp_path / "paper.pdf", figures=tmp_path / "figures")
+    files = lambda folder: {path.name: path.read_bytes() for path in folder.iterdir()}  # noqa: E731
+    mine, theirs = files(tmp_path / "figures"), files(written / "figures")
+    assert {name for name in mine if name.endswith(".svg")} == {
+        f"{name}.svg" for name in ALWAYS | {"bins", "parameters", "volumes", "amounts", "ledger"}}
+    assert mine.keys() == theirs.keys() and [name for name in mine if mine[name] != theirs[name]] == []
+    assert (tmp_path / "paper.pdf").read_bytes() == (written / "paper.pdf").read_bytes()
+
+
+def test_a_changed_number_changes_the_figure_and_the_pdf(written, tmp_path):
+    "The two tests above can fail."
+    committed = shutil.copytree(written, tmp_path / "results", ignore=shutil.ignore_patterns("figures", "*.pdf"))
+    found = json.loads((committed / "results.json").read_text())
+    found["patients"][0]["dice_soft"] = 0.987
+    found["summaries"][0]["mean"] = 0.987
+    (committed / "results.json").write_text(json.dumps(found))
+    report.draw_figures(committed, committed / "figures")
+    report.render_pdf(committed / "results.json", tmp_path / "paper.pdf")
+    assert (committed / "figures/dice.svg").read_bytes() != (written / "figures/dice.svg").read_bytes()
+    assert (committed / "figures/network.svg").read_bytes() == (written / "figures/network.svg").read_bytes()
+    assert (tmp_path / "paper.pdf").read_bytes() != (written / "paper.pdf").read_bytes()
+
+
+def test_a_figure_without_data_any_more_is_taken_away(written, tmp_path):
+    committed = shutil.copytree(written, tmp_path / "results")
+    found = json.loads((committed / "results.json").read_text())
+    (committed / "results.json").write_text(json.dumps({**found, "amounts": []}))
+    paths = report.draw_figures(committed, committed / "figures")
+    assert not list((committed / "figures").glob("amounts.*")) and all(path.is_file() for path in paths)
+
+
+def test_captions_say_what_was_chosen_and_that_phantoms_are_phantoms(written, collected):
+    said = report.captions(collected)
+    assert {path.stem for path in (written / "figures").glob("*.svg")} <= set(said)
+    assert "the best, the median and the worst patient" in said["overlays"]
+    assert all("synthetic, no clinical claim" in text.lower() for name, text in said.items() if name != "network")
+    real = report.captions({**collected, "study": {**collected["study"], "synthetic": False}})
+    assert not any("synthetic" in text.lower() for text in real.values())
+
+
+# ---- report.html
+
+@pytest.fixture(scope="module")
+def page(project, study, runs, tmp_path_factory):
+    "report.html of the tiny study with one run taken away, from the executed notebook."
+    folder = tmp_path_factory.mktemp("page")
+    hole = shutil.copytree(runs, folder / "runs")
+    shutil.rmtree(hole / "finetune/none-s1")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(json.loads(study.model_dump_json())))
+    subprocess.run(["papermill", "nbs/experiments/4_report.ipynb", str(folder / "report.ipynb"), "-k", "python3", "--no-progress-bar",
+                    "-p", "study", str(folder / "tiny.yaml"), "-p", "runs", str(hole), "-p", "out", str(folder / "report")],
+                   cwd=project, check=True, capture_output=True)
+    report.render_html(folder / "report.ipynb", folder / "report.html", "tiny")
+    report.render_html(folder / "report.ipynb", folder / "again.html", "tiny")
+    assert (folder / "report.html").read_bytes() == (folder / "again.html").read_bytes()
+    return (folder / "report.html").read_text()
+
+
+def test_the_page_needs_nothing_from_outside(page):
+    outside = re.findall(r"""(?:src|href)=["'](?!data:|#)([^"']+)""", page) + re.findall(r"url\((?!['\"]?(?:data:|#))([^)]+)", page)
+    assert not outside and "<script" not in page and "<math" in page and "@media print" in page
+
+
+def test_the_page_has_contents_figures_and_tables(page):
+    assert 'id="TOC"' in page and page.count("<svg") + page.count("data:image/svg") >= 10 and page.count("<table") >= 10
+    for words in ("What may be concluded", "Millilitres", "Beside the paper", "another cohort", "synthetic, no clinical claim"):
+        assert words in page, words
+    assert not re.search(r"check_parameters|Traceback|seconds|peak_mib|\bnan\b", re.sub(r"<svg.*?</svg>", "", page, flags=re.S))
+
+
+def test_the_page_says_at_its_top_what_is_missing(page):
+    assert 0 < page.index("none-s1 was not run to its end") < page.index("What may be concluded</h2>")
