@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from sahlora.provenance import Reach, code_hash
-from sahlora.report import rate_table
+from sahlora.tables import rate_table
 from sahlora.study import (check_parameters, expand_runs, make_cohort, network_of, read_study, strategy_of,
                            training_values)
 
