@@ -6,7 +6,7 @@
 __all__ = ['MARK', 'Batch', 'make_batch', 'leftovers', 'end_leftovers', 'job_prefix', 'cancel_jobs', 'owned', 'command',
            'pending', 'run_study']
 
-# %% ../nbs/44_batch.ipynb #4396a267
+# %% ../nbs/44_batch.ipynb #9f6027f1
 import hashlib
 import os
 import re
@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 import yaml
 
+from .files import remove_leftovers
 from .locks import sole_writer
 from .study import expand_runs, project_folder, project_path, read_study
 
@@ -91,7 +92,7 @@ def cancel_jobs(folder: Path) -> int:
         subprocess.run(["scancel", *jobs], check=True)
     return len(jobs)
 
-# %% ../nbs/44_batch.ipynb #f4da730d
+# %% ../nbs/44_batch.ipynb #9541a430
 def _clear(batch: Batch) -> None:
     "End whatever still works for a study, and say so."
     if ended := end_leftovers(batch.folder):
@@ -110,6 +111,7 @@ def owned(batch: Batch) -> Iterator[None]:
     "Be the only one who runs a study. Raises: BlockingIOError that names the living owner."
     with sole_writer(batch.folder, wait=False):
         _clear(batch)
+        remove_leftovers(batch.folder / "report")
         before = signal.signal(signal.SIGTERM, _stop)
         try:
             yield

@@ -71,7 +71,7 @@ def keep_memory() -> dict[str, int]:
                       if name not in os.environ and mallopt(number, value) == 1})
     return dict(_kept)
 
-# %% ../nbs/02_hardware.ipynb #f7f26002
+# %% ../nbs/02_hardware.ipynb #d5953644
 PACKAGES = ("torch", "monai", "numpy", "nibabel")
 
 
@@ -87,13 +87,16 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def run_facts(seconds: float) -> dict[str, object]:
-    "What a run cost and where: seconds, CPU seconds of the whole process, peak MiB, processor, threads, allocator settings, versions."
+def run_facts(seconds: float, resumed: bool = False) -> dict[str, object]:
+    """What a run cost and where: seconds, CPU seconds of the whole process, peak MiB, processor, threads, allocator settings, versions.
+
+    `resumed`: the run went on from an earlier process, so that its cost is that of the last part alone.
+    """
     from sahlora import __version__
 
     gpu = {"peak_gpu_mib": torch.cuda.max_memory_allocated() // 2**20} if torch.cuda.is_available() else {}
     allocator = {key: os.environ[key] for key in sorted(os.environ) if key.startswith("MALLOC_")} | _kept
     used = resource.getrusage(resource.RUSAGE_SELF)
-    return {"seconds": round(seconds, 2), "cpu_seconds": round(used.ru_utime + used.ru_stime, 2), "peak_mib": used.ru_maxrss // 1024, **gpu,
+    return {"seconds": round(seconds, 2), "resumed": resumed, "cpu_seconds": round(used.ru_utime + used.ru_stime, 2), "peak_mib": used.ru_maxrss // 1024, **gpu,
             "processor": processor(), "threads": torch.get_num_threads(), "allocator": allocator,
             "python": platform.python_version(), "sahlora": __version__, **{p: version(p) for p in PACKAGES}}

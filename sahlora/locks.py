@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['P', 'R', 'lock_path', 'owner', 'sole_writer', 'one_writer']
 
-# %% ../nbs/03_locks.ipynb #a6454bc8
+# %% ../nbs/03_locks.ipynb #24b4c45c
 import errno
 import fcntl
 import inspect
@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import IO, ParamSpec, TypeVar
+
+from .files import remove_leftovers
 
 # %% ../nbs/03_locks.ipynb #e6a2f485
 def lock_path(folder: str | Path) -> Path:
@@ -79,19 +81,21 @@ def sole_writer(folder: str | Path, wait: bool = True) -> Iterator[None]:
         finally:
             path.unlink(missing_ok=True)
 
-# %% ../nbs/03_locks.ipynb #b57de386
+# %% ../nbs/03_locks.ipynb #e9366a21
 P, R = ParamSpec("P"), TypeVar("R")
 
 
 def one_writer(argument: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    "Decorator: calls with the same folder in `argument` wait for each other, in whatever process they are."
+    "Decorator: calls with the same folder in `argument` wait for each other, in whatever process; what killed ones left is removed."
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
 
         @wraps(function)
         def alone(*args: P.args, **kwargs: P.kwargs) -> R:
-            with sole_writer(signature.bind(*args, **kwargs).arguments[argument]):
+            folder = signature.bind(*args, **kwargs).arguments[argument]
+            with sole_writer(folder):
+                remove_leftovers(folder)
                 return function(*args, **kwargs)
 
         return alone

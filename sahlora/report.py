@@ -110,7 +110,7 @@ def figure_makers(results: Mapping[str, Any], histories: pd.DataFrame,
         makers["ledger"] = lambda: ledger(results["claims"], synthetic)
     return makers
 
-# %% ../nbs/71_report.ipynb #878e57db
+# %% ../nbs/71_report.ipynb #4bd09c5d
 def draw_figures(folder: str | Path, out: str | Path) -> list[Path]:
     "Draw every figure of the report in `folder` into `out`, as SVG and PNG; one that has no data any more is removed."
     makers, out = figure_makers(*read_results(folder)), Path(out)
@@ -135,7 +135,8 @@ def captions(results: Mapping[str, Any]) -> dict[str, str]:
         "amounts": "Soft Dice by number of training patients; the largest number is all of a fold's.",
         "overlays": f"CT, annotation and prediction at probability 0.5, of {shown['strategies_rule']}: {shown['patients_rule']}, each at"
                     " the slice with most annotated blood.",
-        "ledger": "The claims: effect with its interval, and verdict."}
+        "ledger": f"The claims: effect with its 95 % interval (of equivalence, claim 4, at {1 - 2 * results['plan']['alpha']:.0%}), and verdict."
+                  " A dotted line is the margin of what is comparable."}
     return {"network": "The network, drawn from its own modules."} | {name: text + note for name, text in words.items()}
 
 # %% ../nbs/71_report.ipynb #cd64066d

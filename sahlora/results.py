@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['POINTS', 'notebook_error', 'sort_runs', 'strategy_name', 'describe_run', 'patient_rows', 'tested_rows', 'bin_rows',
-           'agreement_rows', 'amount_rows', 'summary_rows', 'network_rows', 'conclude', 'choose_shown', 'commit_of',
-           'describe_provenance', 'study_cohort', 'base_folder', 'published', 'collect', 'describe_cost',
-           'thin_history', 'gather_histories', 'gather_pictures', 'write_results', 'read_results']
+           'agreement_rows', 'amount_rows', 'summary_rows', 'network_rows', 'comparison_rows', 'power_facts',
+           'conclude', 'choose_shown', 'commit_of', 'describe_provenance', 'study_cohort', 'base_folder', 'published',
+           'collect', 'describe_cost', 'thin_history', 'gather_histories', 'gather_pictures', 'write_results',
+           'read_results']
 
-# %% ../nbs/71_results.ipynb #68ba454d
+# %% ../nbs/71_results.ipynb #32a6bbe3
 import math
 import re
 import shutil
@@ -22,13 +23,13 @@ import pandas as pd
 import yaml
 
 from .agreement import bland_altman, concordance, icc31
-from .claims import judge
+from .claims import Plan, judge
 from .cohort import Cohort, cohort_pictures, describe_cohort
 from .evaluation import SCORES, summarize
 from .figures import best_median_worst
 from .figures.style import label
 from .files import atomic_path, load_tensors, object_hash, read_json, save_tensors, write_csv, write_json
-from .statistics import bin_table, patient_scores, seed_spread, summary_table
+from .statistics import bin_table, compare, paired, patient_scores, seed_spread, smallest_difference, summary_table
 from .study import Study, claims_plan, expand_runs, project_folder, project_path
 from .tables import chosen_strategies, cost_table, is_compared, patient_frame, strategy_names
 from .transfer import load_examples, load_run
@@ -172,16 +173,41 @@ def network_rows(results: Mapping[str, Any], parameters: Mapping[str, int]) -> l
                      **{key: row[key] for key in ("n", "mean", "sd", "low", "high")}})
     return rows
 
-# %% ../nbs/71_results.ipynb #84a7163b
+# %% ../nbs/71_results.ipynb #0db05672
+_COMPARED = ["strategy", "n", "difference", "low", "high", "rank_biserial", "p", "p_holm", "significant"]
+
+
+def comparison_rows(scores: pd.DataFrame, plan: Plan) -> list[dict[str, Any]]:
+    "Per named reference: Friedman's test, and every other strategy less the reference, Holm's adjustment within."
+    families = []
+    for reference in dict.fromkeys(name for name in (plan.baseline, plan.standard) if name in scores and len(scores.columns) > 1):
+        found = compare(scores, [(name, reference) for name in scores if name != reference], plan.alpha)
+        rows = found.table()[_COMPARED].astype(object)
+        families.append({"reference": reference, "friedman": found.omnibus and found.omnibus.facts(),
+                         "rows": rows.where(rows.notna(), None).to_dict("records")})
+    return families
+
+
+def power_facts(scores: pd.DataFrame, plan: Plan) -> dict[str, Any] | None:
+    "Smallest difference that a paired test of so many patients shows in four of five studies; SD: median over what is paired with the standard."
+    others = scores.drop(columns=plan.standard, errors="ignore")
+    if plan.standard not in scores or others.empty:
+        return None
+    tests = [paired(others[name], scores[plan.standard]) for name in others]
+    n, sd = min(test.n for test in tests), float(np.median([test.sd for test in tests]))
+    return {"n": n, "sd": sd, "wanted": 0.8, "smallest": smallest_difference(n, sd, 0.8, plan.alpha), "reference": plan.standard}
+
+# %% ../nbs/71_results.ipynb #ea8f0608
 def conclude(study: Study, results: Mapping[str, Any]) -> dict[str, Any]:
-    "Summaries per strategy, the spread of its seeds, volume bins, agreement in mL, and the claims; nothing from a fit."
+    "Summaries and comparisons of strategies, the spread of seeds, volume bins, agreement in mL, and the claims; nothing from a fit."
     patients = tested_rows(results)
     if not len(patients):
-        return {key: [] for key in ("summaries", "seeds", "bins", "volumes", "claims")}
+        return {key: [] for key in ("summaries", "comparisons", "seeds", "bins", "volumes", "claims")} | {"power": None}
+    plan, scores = claims_plan(study), patient_scores(patients, claims_plan(study).score)
     trainable = {run["id"]: run["trainable"] for run in results["runs"] if is_compared(run)}
     return {"summaries": summary_rows(patients), "seeds": seed_spread(patients).to_dict("records"), "bins": bin_rows(patients),
-            "volumes": agreement_rows(patients),
-            "claims": [claim.facts() for claim in judge(patients, trainable, claims_plan(study))]}
+            "comparisons": comparison_rows(scores, plan), "power": power_facts(scores, plan), "volumes": agreement_rows(patients),
+            "claims": [claim.facts() for claim in judge(patients, trainable, plan)]}
 
 # %% ../nbs/71_results.ipynb #6bff88da
 def choose_shown(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,7 +275,7 @@ def published() -> list[dict[str, Any]]:
     "The paper's own numbers, on its own patients, each with where it was read. Raises: FileNotFoundError."
     return yaml.safe_load(project_path("paper/published.yaml").read_text(encoding="utf-8"))
 
-# %% ../nbs/71_results.ipynb #3750eba7
+# %% ../nbs/71_results.ipynb #7f114008
 def _describe_base(base: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     "Parameters, how it was trained, and the loss of its last ten steps."
     loss = pd.read_csv(folder / "history.csv").loss
@@ -279,7 +305,7 @@ def collect(study: Study, folder: str | Path) -> tuple[dict[str, Any], dict[str,
 
 def describe_cost(bases: Mapping[str, Mapping[str, Any]], runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     "Seconds, CPU seconds, memory and machine of every run and base."
-    keys = ("seconds", "cpu_seconds", "peak_mib", "peak_gpu_mib", "threads", "processor", "python", "torch", "sahlora")
+    keys = ("seconds", "resumed", "cpu_seconds", "peak_mib", "peak_gpu_mib", "threads", "processor", "python", "torch", "sahlora")
     facts = {**{base_folder("", name).name: base for name, base in bases.items()}, **runs}
     return {name: {key: run[key] for key in keys if key in run} for name, run in facts.items()}
 

@@ -482,7 +482,7 @@ def median_pixel(cohort: Cohort) -> float | None:
     known = cohort.table.image[cohort.table.spacing == "known"]
     return round(float(np.median([scan_size(cohort.folder / image)[1][:2] for image in known])), 4) if len(known) else None
 
-# %% ../nbs/40_training.ipynb #8a30b429
+# %% ../nbs/40_training.ipynb #b06736cf
 @one_writer("out")
 def pretrain(cohort: Cohort, out: str | Path, network: Mapping[str, object], training: Mapping[str, object],
              quiet: bool = False, tensorboard: str | Path | None = None) -> pd.DataFrame:
@@ -493,6 +493,7 @@ def pretrain(cohort: Cohort, out: str | Path, network: Mapping[str, object], tra
     """
     check_writable(out)
     out, started, how, store = Path(out), time.perf_counter(), make_training(training), open_store(cohort)
+    resumed = (out / "checkpoint.safetensors").exists()
     torch.manual_seed(how.seed)
     net, facts = build_network(network), {"network": dict(network), "training": training_facts(how), "data": store.folder.name}
     checkpoint = Checkpoint(out / "checkpoint.safetensors", facts)
@@ -506,7 +507,7 @@ def pretrain(cohort: Cohort, out: str | Path, network: Mapping[str, object], tra
                  input={"window": [0.0, 140.0], "pixel_mm": median_pixel(cohort), "resample": False})
     write_json(out / "run.json", {"network": network, "training": training, "patients": cohort.patients,
                                   "trainable": sum(p.numel() for p in net.parameters()), "flags": plateau(history),
-                                  **run_facts(time.perf_counter() - started)})
+                                  **run_facts(time.perf_counter() - started, resumed)})
     checkpoint.remove()
     for flag in plateau(history):
         print(f"pre-training: {flag}")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEVERAL', 'HARDLY', 'KEYS', 'score_cohort', 'collapse', 'cross_validate', 'load_run', 'load_examples']
 
-# %% ../nbs/41_transfer.ipynb #fecd11c3
+# %% ../nbs/41_transfer.ipynb #d6583a40
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -23,8 +23,8 @@ from .checkpoint import Checkpoint, differences
 from .checks import check_disjoint, check_voxels
 from .cohort import Cohort, richest_slice
 from .evaluation import score_patient
-from .files import (atomic_folder, atomic_path, check_writable, load_tensors, object_hash, read_json, save_tensors,
-                           write_csv, write_json)
+from .files import (atomic_folder, atomic_path, check_writable, load_tensors, object_hash, read_json, remove_folder,
+                           save_tensors, write_csv, write_json)
 from .folds import Fold, check_folds, fewer, inner_split
 from .hardware import run_facts
 from .locks import one_writer
@@ -237,7 +237,7 @@ def _table(done: Sequence[Path], strategy: Strategy, study: str) -> pd.DataFrame
                          patients=strategy.patients or pd.NA, rank=strategy.rank if strategy.is_adapter else pd.NA, seed=strategy.seed)
     return table[[*KEYS, *(column for column in table if column not in KEYS)]].reset_index(drop=True)
 
-# %% ../nbs/41_transfer.ipynb #fe4600da
+# %% ../nbs/41_transfer.ipynb #927ac75f
 @one_writer("out")
 def cross_validate(base: str | Path, cohort: Cohort, strategy: Strategy, folds: Sequence[Fold], out: str | Path,
                    study: str = "", facts: Mapping[str, object] | None = None, quiet: bool = False,
@@ -253,6 +253,7 @@ def cross_validate(base: str | Path, cohort: Cohort, strategy: Strategy, folds: 
     shared = _check_run(base, cohort, strategy, folds, store)
     check_writable(out)
     run = _Folds(base, cohort, store, strategy, out / "unfinished", quiet, tensorboard, every)
+    resumed = run.folder.exists()
     done = [_run_fold(run, k, fold) for k, fold in enumerate(folds)]
     print(f"{strategy.name}: patients shared between source and target: {shared}, between train and test: 0")
     table, history = _table(done, strategy, study), pd.concat([_read_csv(folder / "history.csv") for folder in done])
@@ -260,8 +261,8 @@ def cross_validate(base: str | Path, cohort: Cohort, strategy: Strategy, folds: 
     write_csv(out / "history.csv", history)
     write_csv(out / "epochs.csv", by_epoch(history))
     _gather(done, out)
-    write_json(out / "run.json", {**_describe(run, done, folds), **run_facts(time.perf_counter() - started), **(facts or {})})
-    shutil.rmtree(run.folder)
+    write_json(out / "run.json", {**_describe(run, done, folds), **run_facts(time.perf_counter() - started, resumed), **(facts or {})})
+    remove_folder(run.folder)
     return table
 
 # %% ../nbs/41_transfer.ipynb #15ad760a

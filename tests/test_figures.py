@@ -271,11 +271,11 @@ def test_overview_counts():
     assert "1 patient only fitted" in text and "tested" not in text.replace("not tested", "") and "not judged" in text
 
 
-def test_ledger_says_every_verdict_in_words_and_keeps_rho_off_the_axis_of_differences():
+def test_ledger_says_every_verdict_in_words_and_gives_every_claim_an_axis_of_its_own():
     fig = ledger(LARGE.claims)
     assert {"supported", "contradicted", "inconclusive", "not tested"} <= set(words(fig))
     assert {"no effect to show", "ρ = 0.62, n = 30\n(0.30 to 0.80)"} <= set(words(fig))
-    assert [ax.get_xlim()[1] for ax in fig.axes] == pytest.approx([0.184, 0.184, 1, 0.184, 0.184])
+    assert [ax.get_xlim()[1] for ax in fig.axes] == pytest.approx([0.192, 0.072, 1, 0.048, 0.1])
     assert -0.03 in [line.get_xdata()[0] for line in fig.axes[3].lines]
 
 

@@ -213,3 +213,18 @@ def test_a_cohort_of_ones_own_needs_no_code(project, engine, tmp_path):
     assert "synthetic" not in (tmp_path / "own/report/figures/dice.svg").read_text()
     without = engine(study, tmp_path / "again")
     assert without.returncode != 0 and "SAHLORA_OWN_DATA" in without.stdout + without.stderr
+
+
+@pytest.mark.parametrize(("says", "calls", "code"), [("OSError: Address already in use", 2, 0), ("ValueError: no blood", 1, 1)])
+def test_a_kernel_without_a_port_is_started_again_and_nothing_else_is(project, tmp_path, says, calls, code):
+    text = (project / "paper/Snakefile").read_text()
+    shell = "".join(re.findall(r'^    "(.*)"$', text.split("PAPERMILL = (")[1].split("\n)")[0], re.M))
+    for name, value in {"{threads}": "1", "{params.notebook}": "a.ipynb", "{log}": "log", "{params.values:q}": "'{a: 1}'"}.items():
+        shell = shell.replace(name, value)
+    fake = tmp_path / "papermill"
+    fake.write_text(f'#!/bin/sh\necho called >> calls\n[ $(wc -l < calls) -gt 1 ] || {{ echo "{says}"; exit 1; }}\n')
+    fake.chmod(0o755)
+    done = subprocess.run(["bash", "-c", f"set -euo pipefail; {shell}"], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"})
+    assert done.returncode == code and len((tmp_path / "calls").read_text().split()) == calls
+    assert (says in done.stderr) == bool(code)

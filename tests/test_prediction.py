@@ -699,7 +699,7 @@ def test_broken_off_and_started_again(scans, model, tmp_path, monkeypatch):
     table = pd.read_csv(out / "cases.csv")
     assert list(table.case) == ["one"] and list(table.status) == ["done"] and read_json(out / "run.json")["complete"] is False
     monkeypatch.setattr(cases_module, "predict_scan", real)
-    touch(out, ".three.new.part/mask.nii.gz", ".two.old.part/case.json")
+    touch(out, ".part.new.three/mask.nii.gz", ".part.old.two/case.json")
     again = run(scans, model, out)
     assert (again.done, again.skipped) == (2, 1) and read_json(out / "run.json")["complete"] is True
     assert sorted(path.name for path in out.iterdir()) == ["cases.csv", "one", "run.json", "three", "two"]
@@ -723,7 +723,7 @@ def test_killed_in_the_middle_of_writing(scans, model, tmp_path):
     out = tmp_path / "out"
     done = subprocess.run([sys.executable, "-c", KILLED, scans, model, out], capture_output=True, text=True, timeout=120)
     assert done.returncode == -9, done.stderr
-    assert not (out / "three").exists() and (out / ".three.new.part").is_dir()
+    assert not (out / "three").exists() and (out / ".part.new.three").is_dir()
     assert list(pd.read_csv(out / "cases.csv").case) == ["one"]
     again = run(scans, model, out)
     assert (again.done, again.skipped) == (2, 1) and not list(out.glob(".*"))

@@ -67,9 +67,29 @@ def rewrite(folder, change):
 
 # ---- the schema, and numbers checked by hand
 
+def test_comparisons_with_the_named_references_are_those_of_scipy_and_statsmodels(collected):
+    from scipy import stats
+    from statsmodels.stats.multitest import multipletests
+
+    rows = pd.DataFrame(collected["patients"]).merge(pd.DataFrame(collected["runs"])[["id", "name", "network", "patients"]].rename(columns={"id": "run", "patients": "fewer"}), on="run")
+    rows = rows[(rows.network == "") & rows.fewer.isna() & (rows.role == "test")]
+    wide = rows.pivot_table(index="patient", columns="name", values="dice_soft").round(12)
+    for family in collected["comparisons"]:
+        names = [row["strategy"] for row in family["rows"]]
+        assert set(names) | {family["reference"]} == set(wide)
+        assert family["friedman"]["p"] == pytest.approx(stats.friedmanchisquare(*wide.to_numpy().T).pvalue, rel=1e-6)
+        apart = [(wide[name] - wide[family["reference"]]).round(12) for name in names]
+        by_scipy = [stats.wilcoxon(one, zero_method="pratt", method="exact").pvalue for one in apart]
+        assert all((one != 0).all() and one.abs().is_unique for one in apart)
+        assert [row["p"] for row in family["rows"]] == pytest.approx(by_scipy, rel=1e-6)
+        assert [row["p_holm"] for row in family["rows"]] == pytest.approx(multipletests(by_scipy, method="holm")[1], rel=1e-6)
+    apart = [(wide[name] - wide["fine-tuning-decoding"]).std() for name in wide if name != "fine-tuning-decoding"]
+    assert collected["power"]["sd"] == pytest.approx(pd.Series(apart).median(), rel=1e-4)  # of rounded scores
+
+
 def test_the_schema_is_the_one_that_paper_and_figures_read(collected):
     assert set(collected) == {"study", "plan", "cohorts", "patients", "pretrain", "runs", "summaries", "claims", "seeds", "bins", "volumes",
-                              "amounts", "networks", "published", "provenance", "failed", "missing", "shown"}
+                              "comparisons", "power", "amounts", "networks", "published", "provenance", "failed", "missing", "shown"}
     names = ["none", "none", "fine-tuning-decoding", "fine-tuning-decoding", "cp-lora-r2-decoding", "cp-lora-r8-decoding",
              "cp-lora-r2-decoding", "cp-lora-r8-decoding", "cp-lora-r8-decoding-n2", "unet-none"]
     assert [run["name"] for run in collected["runs"]] == names
@@ -77,6 +97,9 @@ def test_the_schema_is_the_one_that_paper_and_figures_read(collected):
     assert [run["network"] for run in collected["runs"]] == [""] * 9 + ["unet"]
     assert set(collected["seeds"][0]) == {"strategy", "seeds", "sd_seeds", "sd_patients"}
     assert set(collected["bins"][0]) == {"strategy", "bin", "n", "mean", "sd", "low", "high"}
+    assert set(collected["comparisons"][0]["rows"][0]) == {"strategy", "n", "difference", "low", "high", "rank_biserial", "p", "p_holm",
+                                                           "significant"}
+    assert set(collected["power"]) == {"n", "sd", "wanted", "smallest", "reference"}
     assert set(collected["amounts"][0]) == {"strategy", "patients", "n", "mean", "low", "high"}
     assert set(collected["networks"][0]) == {"network", "parameters", "strategy", "trainable", "n", "mean", "sd", "low", "high"}
     assert set(collected["provenance"]) == {"commit", "configuration", "sahlora", "torch", "python"}

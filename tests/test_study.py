@@ -136,8 +136,8 @@ def test_a_stage_reaches_what_decides_its_result_and_nothing_else(project):
         ("pretrain", {"sahlora.training:_fit", "sahlora.augmentation:bend", "sahlora.slices:BalancedBatches", "sahlora.unet:M2"},
          ("transfer", "statistics", "claims", "report")),
         ("finetune", {"sahlora.training:_fit", "sahlora.strategies:prepare", "sahlora.adapters.cp_lora:CPLoRA", "sahlora.evaluation:surface_distances",
-                      "sahlora.checkpoint:resume"}, ("statistics", "claims", "report")),
-        ("report", {"sahlora.claims:judge", "sahlora.statistics:bca_interval", "sahlora.report:collect"}, ("phantom.trauma",)),
+                      "sahlora.checkpoint:resume"}, ("statistics", "claims", "report", "results")),
+        ("report", {"sahlora.claims:judge", "sahlora.statistics:bca_interval", "sahlora.results:collect"}, ("phantom.trauma",)),
     ):
         assert wanted <= code[stage], wanted - code[stage]
         assert not [key for key in code[stage] if key.startswith(tuple(f"sahlora.{name}:" for name in alien)) and not key.endswith(":")], stage

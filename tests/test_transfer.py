@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -331,7 +332,29 @@ def test_a_full_disk_loses_nothing_that_was_done(made, tmp_path, monkeypatch):
     assert not (tmp_path / "run/run.json").exists() and (tmp_path / "run/unfinished/fold0").is_dir()
     again = cross_validate(base, cohort, strategy, folds, tmp_path / "run", quiet=True)
     assert again.equals(whole) and (tmp_path / "run/patients.csv").read_bytes() == (tmp_path / "whole/patients.csv").read_bytes()
+    assert [read_json(tmp_path / name / "run.json")["resumed"] for name in ("whole", "run")] == [False, True]
     assert not list((tmp_path / "run").glob(".*")) and not (tmp_path / "run/unfinished").exists()
+
+
+def test_killed_while_the_folds_are_cleared_away(made, tmp_path, monkeypatch):
+    "The tree of folds goes file by file: a kill in between must not leave a fold that looks done."
+    base, cohort = made
+    strategy, folds = Strategy("cp-lora", **SHORT), kfold(cohort.patients, 2)
+    cross_validate(base, cohort, strategy, folds, tmp_path / "whole", quiet=True)
+    import sahlora.files as files
+
+    def killed(folder, **_):
+        for path in sorted(Path(folder).rglob("facts.json")):
+            path.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files.shutil, "rmtree", killed)
+        cross_validate(base, cohort, strategy, folds, tmp_path / "run", quiet=True)
+    (tmp_path / "run/.part.77.patients.csv").write_text("half a ta")  # of another kill
+    cross_validate(base, cohort, strategy, folds, tmp_path / "run", quiet=True)
+    whole, again = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.name != "run.json"} for name in ("whole", "run"))
+    assert whole == again
 
 
 def test_an_unfinished_run_is_not_taken_for_another(made, tmp_path):

@@ -6,7 +6,7 @@
 __all__ = ['VERDICT_COLORS', 'compared', 'study_overview', 'dice_by_strategy', 'few', 'dice_by_volume', 'dice_by_parameters',
            'volume_agreement', 'amounts', 'ledger']
 
-# %% ../../nbs/70_figures.results.ipynb #13a533a0
+# %% ../../nbs/70_figures.results.ipynb #64fb3089
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from .style import (BLACK, BLUE, COLUMN, GREEN, GREY, ORANGE, PAGE, VERMILION, family, finish, label, look, nothing, parts,
                                    styled)
@@ -354,31 +354,32 @@ def _words(claim: Mapping[str, Any]) -> str:
     between = "" if claim["interval"] is None else "\n({} to {})".format(*(format(value, digits) for value in claim["interval"]))
     return f"{before}{claim['effect']:{digits}}, n = {claim['n']}{between}"
 
-# %% ../../nbs/70_figures.results.ipynb #71be5a7c
+# %% ../../nbs/70_figures.results.ipynb #46c964f2
 def ledger(claims: Sequence[Mapping[str, Any]], synthetic: bool = True) -> Figure:
     "The claims as rows: what is claimed, the verdict, the effect with its interval on an axis and in numbers."
     if not claims:
         return nothing("no claim was judged", synthetic, PAGE)
-    reach = [abs(value) for one in claims if not _is_rho(one) for value in (one["effect"], *(one["interval"] or ())) if value is not None]
-    with styled(PAGE, 0.5 * len(claims) + 0.4, placed=True) as fig:
+    with styled(PAGE, 0.62 * len(claims) + 0.3, placed=True) as fig:
         height = fig.get_figheight()
         for i, claim in enumerate(claims):
-            y = 1 - (0.27 + 0.5 * i) / height
-            last = not any(not _is_rho(one) for one in claims[i + 1:])
+            y = 1 - (0.27 + 0.62 * i) / height
             fig.text(0.01, y, str(claim["number"]), va="center", weight="bold")
             fig.text(0.04, y, textwrap.fill(claim["claim"], 46), va="center")
             fig.text(0.465, y, claim["verdict"], va="center", ha="center", weight="bold",
                      bbox={"boxstyle": "round,pad=0.35", "fc": "white", "ec": VERDICT_COLORS[claim["verdict"]], "lw": 1.6})
             ax = fig.add_axes((0.55, y - 0.13 / height, 0.25, 0.26 / height))
-            _effect(ax, claim, 1.15 * max(reach, default=0.1) or 0.1, _is_rho(claim) or last)
+            _effect(ax, claim)
             fig.text(0.82, y, _words(claim), va="center", fontsize=6.5)
         return finish(fig, synthetic)
 
-# %% ../../nbs/70_figures.results.ipynb #8f6a8758
-def _effect(ax: Axes, claim: Mapping[str, Any], reach: float, ticks: bool) -> None:
-    "The effect of one claim with its interval, around zero; `reach`: half the width of the axis, for differences."
-    half = 1 if _is_rho(claim) else reach
+# %% ../../nbs/70_figures.results.ipynb #680830c5
+def _effect(ax: Axes, claim: Mapping[str, Any]) -> None:
+    "The effect of one claim with its interval, around zero; every claim has an axis of its own."
+    margins = {part["margin"] for part in claim["details"] if part.get("margin")}
+    known = [abs(value) for value in (claim["effect"], *(claim["interval"] or ()), *margins) if value is not None]
+    half = 1 if _is_rho(claim) else 1.2 * max(known, default=0) or 0.1
     ax.set(xlim=(-half, half), ylim=(-1, 1), yticks=[])
+    ax.xaxis.set_major_locator(MaxNLocator(5, symmetric=True))
     ax.spines["left"].set_visible(False)
     ax.axvline(0, color="0.6", lw=0.7)
     color = VERDICT_COLORS[claim["verdict"]]
@@ -386,8 +387,7 @@ def _effect(ax: Axes, claim: Mapping[str, Any], reach: float, ticks: bool) -> No
         ax.plot(claim["interval"], [0, 0], color=color, lw=1.6)
     if claim["effect"] is not None:
         ax.plot([claim["effect"]], [0], "o", color=color, ms=4)
-    for margin in {part["margin"] for part in claim["details"] if part.get("margin")}:
+    for margin in margins:
         ax.axvline(-margin, color="0.3", lw=0.7, ls=":")
-    ax.tick_params(axis="x", labelsize=5.5, length=2, pad=1, labelbottom=ticks)
-    if ticks:
-        ax.set_xlabel("rank correlation ρ" if _is_rho(claim) else "difference in soft Dice", fontsize=5.5, labelpad=0)
+    ax.tick_params(axis="x", labelsize=5.5, length=2, pad=1)
+    ax.set_xlabel("rank correlation ρ" if _is_rho(claim) else "difference in soft Dice", fontsize=5.5, labelpad=0)

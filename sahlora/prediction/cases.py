@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NIFTI', 'DICOM', 'LOOKED_FOR', 'CASE_COLUMNS', 'load_model', 'find_cases', 'case_row', 'failed_row', 'whole_folder',
-           'remove_leftovers', 'CaseOptions', 'input_hash', 'is_dicom_scan', 'CaseRun', 'predict_cases']
+           'CaseOptions', 'input_hash', 'is_dicom_scan', 'CaseRun', 'predict_cases']
 
-# %% ../../nbs/60_prediction.cases.ipynb #86fb9a3f
+# %% ../../nbs/60_prediction.cases.ipynb #f4d6ab9c
 import errno
 import inspect
 import json
@@ -31,7 +31,7 @@ from ..ct import HeadCT, read_ct, write_like
 from ..ct.core import stack_spacing
 from ..ct.nifti import StoredNifti
 from ..figures import save_figure
-from ..files import file_hash, load_tensors, object_hash, plain_words, read_json, write_csv, write_json
+from ..files import PART, file_hash, load_tensors, object_hash, plain_words, read_json, remove_leftovers, write_csv, write_json
 from ..hardware import choose_device, choose_precision, keep_memory, run_facts
 from .scan import InputSpec, Prediction, check_numbers, predict_scan
 from .sheet import CAUTION
@@ -185,11 +185,11 @@ def failed_row(name: str, source: str | Path, error: Exception) -> dict[str, obj
     words = " ".join(words.split()) or type(error).__name__
     return {"case": name, "source": str(source), "status": "failed", "warnings": "", "error": words}
 
-# %% ../../nbs/60_prediction.cases.ipynb #9d73a1bd
+# %% ../../nbs/60_prediction.cases.ipynb #657aa197
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     "A temporary folder that takes the name and the place of `folder` when all went well, and is removed when not."
-    part, old = (folder.with_name(f".{folder.name}.{word}.part") for word in ("new", "old"))
+    part, old = (folder.with_name(f"{PART}{word}.{folder.name}") for word in ("new", "old"))
     made = [parent for parent in folder.parents if not parent.exists()]
     try:
         part.mkdir(parents=True)
@@ -203,12 +203,6 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         for parent in made:
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
-
-
-def remove_leftovers(out: Path) -> None:
-    "Remove temporary folders that a killed run left in `out`."
-    for part in out.glob(".*.part") if out.is_dir() else ():
-        shutil.rmtree(part)
 
 # %% ../../nbs/60_prediction.cases.ipynb #9d05ff20
 @dataclass(frozen=True)
