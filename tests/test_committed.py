@@ -31,7 +31,7 @@ def test_conclusions_follow_from_the_patients(project, committed):
     assert set(numbers) == set(kept) and len(kept) > 1000
     wrong = []
     for name, value in kept.items():  # scores were rounded when they were written, and a bootstrap's ends move with ties in the last digit
-        loose = 1e-3 if name.rsplit(".", 1)[1] in ("low", "high") else 1e-6
+        loose = 5e-3 if name.rsplit(".", 1)[1] in ("low", "high") else 1e-6
         if numbers[name] != (pytest.approx(value, rel=1e-5, abs=loose) if isinstance(value, float) else value):
             wrong.append((name, value, numbers[name]))
     assert not wrong
