@@ -152,18 +152,18 @@ def score_table(results: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame([{"strategy": title(results, name), **{head: spread(rows[name]) for head, rows in found.items()}}
                          for name in strategy_names(results) if all(name in rows for rows in found.values())])
 
-# %% ../nbs/71_tables.ipynb #98f55f8c
+# %% ../nbs/71_tables.ipynb #71936225
 def rate_table(results: Mapping[str, Any]) -> pd.DataFrame:
     "Inner-split soft Dice by candidate learning rate, mean over folds, of runs that had candidates; a dash where one failed."
-    rows = []
+    rows, rates = [], set()
     for run in results["runs"]:
         tried = pd.DataFrame([fold for fold in run["tried"] if fold], dtype=float)
         if len(tried):
             mean = tried.mean(skipna=False)
-            dice = {rate: number(mean[rate]) for rate in sorted(mean.index, key=float)}
             best = mean.idxmax() if mean.notna().any() else "–"
-            rows.append({"strategy": title(results, run["name"]), "seed": run["seed"], **dice, "best": best})
-    return pd.DataFrame(rows)
+            rows.append({"strategy": title(results, run["name"]), "seed": run["seed"], **mean.map(number), "best": best})
+            rates |= set(mean.index)
+    return pd.DataFrame(rows, columns=["strategy", "seed", *sorted(rates, key=float), "best"] if rows else None).fillna("–")
 
 # %% ../nbs/71_tables.ipynb #5921e9f0
 def volume_table(results: Mapping[str, Any]) -> pd.DataFrame:
