@@ -219,12 +219,13 @@ def test_a_cohort_of_ones_own_needs_no_code(project, engine, tmp_path):
 def test_a_kernel_without_a_port_is_started_again_and_nothing_else_is(project, tmp_path, says, calls, code):
     text = (project / "paper/Snakefile").read_text()
     shell = "".join(re.findall(r'^    "(.*)"$', text.split("PAPERMILL = (")[1].split("\n)")[0], re.M))
+    shell = shell.replace("{{", "{").replace("}}", "}")
     for name, value in {"{threads}": "1", "{params.notebook}": "a.ipynb", "{log}": "log", "{params.values:q}": "'{a: 1}'"}.items():
         shell = shell.replace(name, value)
     fake = tmp_path / "papermill"
     fake.write_text(f'#!/bin/sh\necho called >> calls\n[ $(wc -l < calls) -gt 1 ] || {{ echo "{says}"; exit 1; }}\n')
     fake.chmod(0o755)
-    done = subprocess.run(["bash", "-c", f"set -euo pipefail; {shell}"], cwd=tmp_path, capture_output=True, text=True,
+    done = subprocess.run(["bash", "-c", f"set -euo pipefail; {shell}; touch after"], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"})
     assert done.returncode == code and len((tmp_path / "calls").read_text().split()) == calls
-    assert (says in done.stderr) == bool(code)
+    assert (says in done.stderr) == bool(code) and (tmp_path / "after").exists() == (code == 0)
