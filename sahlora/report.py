@@ -154,17 +154,17 @@ def markdown_table(table: pd.DataFrame, otherwise: str = "") -> None:
 
     display(Markdown(table.to_markdown(index=False, disable_numparse=True) if len(table) else otherwise))
 
-# %% ../nbs/71_report.ipynb #9dac2881
+# %% ../nbs/71_report.ipynb #3e5d1058
 _CSS = """body{max-width:60rem;margin:2rem auto;padding:0 1rem;font:16px/1.5 system-ui,sans-serif;color:#1a1a1a}
 h1{line-height:1.2}h1,h2{border-bottom:1px solid #ddd;padding-bottom:.3rem}h2{margin-top:2.2rem}
 table{border-collapse:collapse;margin:1rem 0;font-size:.85rem;display:block;overflow-x:auto}
 td,th{border-bottom:1px solid #ddd;padding:.25rem .6rem;text-align:left;vertical-align:top}
-th{background:#f6f6f6}td{font-variant-numeric:tabular-nums}img,svg{max-width:100%;height:auto}
+th{background:#f6f6f6}td{font-variant-numeric:tabular-nums}img,svg{max-width:100%;height:auto;zoom:1.4}
 blockquote{border-left:4px solid #d55e00;margin-left:0;padding-left:1rem;color:#444}
 nav#TOC{background:#f6f6f6;padding:.4rem 1rem;font-size:.9rem;columns:2}nav#TOC ul{margin:.2rem 0;padding-left:1.1rem}
 pre{background:#f6f6f6;padding:.6rem;overflow-x:auto;font-size:.85rem}math{font-size:1.1em}
 @media print{body{max-width:none;margin:0;font-size:10pt}table{display:table;font-size:7pt;overflow:visible}
-h2,h3{break-after:avoid}tr,img,svg{break-inside:avoid}nav#TOC{background:none}a{color:inherit;text-decoration:none}}"""
+h2,h3{break-after:avoid}tr,img,svg{break-inside:avoid}img,svg{zoom:1}nav#TOC{background:none}a{color:inherit;text-decoration:none}}"""
 
 # %% ../nbs/71_report.ipynb #e18bc28c
 def render_html(notebook: str | Path, out: str | Path, title: str) -> None:
