@@ -1,4 +1,4 @@
-# make test | make paper [STUDY=smoke] | make plan | make lab | make setup: each does all its own set-up in .venv.
+# make test | make paper [STUDY=smoke] | make plan | make lab | make docs | make setup: each does all its own set-up in .venv.
 PYTHON ?= python3
 STUDY ?= smoke
 CORES ?= 2
@@ -9,7 +9,7 @@ export PYTHONWARNINGS ?= ignore::DeprecationWarning
 # Two one-thread processes do more than one with two threads, and the last bits depend on the count.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup check test test-notebooks test-notebooks-slow test-slow paper plan figures lab export readme pins clean
+.PHONY: help setup check test test-notebooks test-notebooks-slow test-slow paper plan figures models docs lab export readme pins clean
 
 help:  ## Show what there is to make.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-20s %s\n", $$1, $$2}'
@@ -50,6 +50,12 @@ plan: $(READY)  ## Show what `make paper` would run (STUDY=smoke), and about how
 figures: $(READY)  ## Draw paper/figures and paper/paper.pdf again, from the committed numbers in paper/results.
 	sahlora report figures paper/results paper/figures
 	sahlora report pdf paper/results/results.json paper/paper.pdf --figures paper/figures
+
+models: $(READY)  ## Train the shipped network and adapters again (about 8 minutes).
+	sahlora models make --out sahlora/weights
+
+docs: $(READY)  ## Build the site into _docs: notebooks, API, search; opens without a server.
+	python tests/render_site.py
 
 lab: $(READY)  ## Open JupyterLab on the notebooks.
 	jupyter lab --notebook-dir=nbs nbs/index.ipynb

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from setuptools import setup
 
-# dicom: masks as DICOM SEG and compressed DICOM; slurm: studies on a cluster;
+# dicom: masks as DICOM SEG and compressed DICOM; slurm: studies on a cluster; docs: the site; bench: the peers in benchmarks/;
 # oracles: independent adapter libraries that the tests compare with
-EXTRAS = {"dev": "dev", "dicom": "dicom", "tensorboard": "tensorboard", "slurm": "slurm", "oracles": "oracle"}
+EXTRAS = {"dev": "dev", "dicom": "dicom", "tensorboard": "tensorboard", "slurm": "slurm", "docs": "docs", "bench": "bench",
+          "oracles": "oracle"}
 here = Path(__file__).parent
 config = ConfigParser(interpolation=None)
 config.read(here / "settings.ini", encoding="utf-8")

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from adapters import SETTINGS, processor, shown, table, write
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import sahlora.training
@@ -35,7 +35,7 @@ from sahlora.folds import Fold
 from sahlora.hardware import choose_device, choose_precision, keep_memory
 from sahlora.slices import SliceStore, open_store
 from sahlora.strategies import Strategy, how_to_train, prepare
-from sahlora.training import predict_volume, pretrain, train
+from sahlora.training import pretrain, train
 from sahlora.transfer import cross_validate
 from sahlora.unet import MultiViewUnet
 

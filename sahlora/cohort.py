@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'BINS', 'Case', 'voxel_hash', 'compact', 'write_cohort', 'window_of', 'to_hu', 'check_grid', 'check_binary',
            'Cohort', 'volume_bin', 'bin_counts', 'planned_bins', 'make_phantom_cohort', 'describe_cohort', 'scan_size',
-           'cohort_table', 'richest_slice', 'cohort_pictures']
+           'cohort_table', 'richest_slice', 'cohort_pictures', 'cohort_words', 'cohort_html']
 
-# %% ../nbs/12_cohort.ipynb #ae07f02f
+# %% ../nbs/12_cohort.ipynb #74de48e1
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from html import escape
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import pandas as pd
 
 from .ct import HeadCT, read_nifti, write_nifti
 from .ct.nifti import Nifti
+from .display import MASK_COLOR, beside, facts_html, grey_slice, marked, png_html, shown_mask
 from .files import file_hash, read_json, write_csv, write_json
 from .phantom import case_key, make_case, planned_ml
 
@@ -171,7 +174,7 @@ def _load_pair(folder: Path, image: str, label: str, intensity: str) -> tuple[He
     ct = HeadCT(hu, scan.affine, str(folder / image), notes=scan.notes)
     return ct, np.ascontiguousarray(mask.array, dtype=np.uint8)
 
-# %% ../nbs/12_cohort.ipynb #fc161004
+# %% ../nbs/12_cohort.ipynb #bad07312
 class _Listed:
     "What a cohort's table says."
 
@@ -197,7 +200,7 @@ class _Listed:
         return f"Cohort({len(self)} scans of {len(self.patients)} patients in {self.folder.name})"
 
     def _repr_html_(self) -> str:
-        return self.table.drop(columns=["sha256", "voxels"], errors="ignore").to_html(index=False, na_rep="unknown")
+        return cohort_html(self)
 
 # %% ../nbs/12_cohort.ipynb #50aa2e71
 @dataclass(frozen=True, repr=False)
@@ -345,3 +348,37 @@ def cohort_pictures(cohort: Cohort, count: int = 5) -> list[tuple[str, np.ndarra
         if len(pictures) == count:
             break
     return pictures
+
+# %% ../nbs/12_cohort.ipynb #180e15b7
+def cohort_words(cohort: Cohort) -> dict[str, str]:
+    "What `cohort_html` says beside the pictures, from the table alone."
+    table, ml = cohort.table, cohort.table.blood_ml.astype(float).dropna()
+    low, median, high = ml.quantile([0.25, 0.5, 0.75]) if len(ml) else (np.nan,) * 3
+    blood = f"median {median:.1f} mL, half between {low:.1f} and {high:.1f}, up to {ml.max():.1f}" if len(ml) else "unknown mL"
+    bins = ", ".join(f"{count} of {name} mL" for name, count in bin_counts(table.blood_ml.astype(float)).items() if count)
+    words = {name: ", ".join(sorted(set(table[name]))) for name in ("site", "intensity", "spacing")}
+    scans = f"{len(cohort)} of {len(cohort.patients)} patients"
+    return {"cohort": cohort.folder.name, "scans": scans, "blood": blood, "by volume": bins, **words}
+
+# %% ../nbs/12_cohort.ipynb #bb3de94d
+def _thumbnails(cohort: Cohort, count: int, width: int = 110) -> str:
+    "The first scans as HTML, each at the slice with most blood; or why there is no picture."
+    try:
+        scans = list(islice(cohort, count))
+    except (OSError, ValueError) as error:
+        return f"<p>no pictures: {escape(str(error))}</p>"
+    blocks = []
+    for patient, ct, mask in scans:
+        k = richest_slice(mask)
+        picture = grey_slice(ct.hu[..., k], ct.spacing[:2], width)
+        blood = marked(picture, shown_mask(mask[..., k], picture.shape), MASK_COLOR)
+        blocks.append(f"{png_html(blood, f'{patient}, slice {k + 1}')}<br><small>{escape(patient)}</small>")
+    return beside(*blocks)
+
+
+def cohort_html(cohort: Cohort, pictures: int = 5, rows: int = 12) -> str:
+    "A cohort as HTML that stands alone: its facts, the first scans with their blood, the first rows of its table."
+    hidden = ["image", "label", "sha256", "voxels"]
+    table = cohort.table.drop(columns=hidden, errors="ignore").head(rows).to_html(index=False, na_rep="unknown")
+    more = f"<p>and {len(cohort) - rows} more</p>" if len(cohort) > rows else ""
+    return facts_html(cohort_words(cohort)) + _thumbnails(cohort, pictures) + table + more

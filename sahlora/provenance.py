@@ -5,20 +5,22 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'Target', 'syntax', 'module_file', 'bindings', 'defined', 'Module', 'Reach', 'code_hash']
 
-# %% ../nbs/43_provenance.ipynb #2aa4851f
+# %% ../nbs/43_provenance.ipynb #69292cf3
 import ast
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# %% ../nbs/43_provenance.ipynb #61fef5e8
+# %% ../nbs/43_provenance.ipynb #f53dfa36
 def syntax(source: str) -> ast.Module:
     "Syntax tree of a module or cell without docstrings; IPython magics are dropped."
     tree = ast.parse("\n".join(line for line in source.splitlines() if not line.startswith(("%", "!"))))
     for node in ast.walk(tree):
         if isinstance(body := getattr(node, "body", None), list):
-            code = [line for line in body if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))]
+            code = [line for line in body if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))
+                    and not getattr(line, "name", "").startswith("_repr_")]  # what a notebook shows decides nothing
             node.body = code or [ast.Pass()]
     return tree
 
@@ -128,9 +130,11 @@ class Reach(_Loaded):
             elif one in module.definitions:
                 self._take(module, f"{module.name}:{one}", module.definitions[one])
 
-# %% ../nbs/43_provenance.ipynb #0f06b0d1
+# %% ../nbs/43_provenance.ipynb #623044f5
 def code_hash(notebook: str | Path) -> str:
     "SHA-256 of a notebook's code and of every definition of this package that it reaches; words do not count."
     cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
     code = Reach("\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")).code
+    for path in filter(None, os.environ.get("SAHLORA_METHODS", "").split(os.pathsep)):  # methods of one's own
+        code[f"{Path(path).name}:"] = ast.dump(syntax(Path(path).read_text(encoding="utf-8")))
     return hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()

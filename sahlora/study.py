@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CohortSpec', 'RateSpec', 'FoldsSpec', 'project_folder', 'project_path', 'Section', 'PhantomSpec', 'CtIchSpec',
            'FolderSpec', 'PairsSpec', 'TrainingSpec', 'RunSpec', 'NetworkSpec', 'FixedFold', 'DrawnFolds', 'Study',
-           'nearest', 'claims_plan', 'read_study', 'network_of', 'strategy_of', 'expand_runs', 'check_parameters',
-           'make_cohort', 'make_folds', 'training_values', 'base_at_hand']
+           'nearest', 'claims_plan', 'read_study', 'network_of', 'strategy_of', 'expand_runs', 'describe_study',
+           'check_parameters', 'make_cohort', 'make_folds', 'training_values', 'base_at_hand']
 
 # %% ../nbs/42_study.ipynb #76f0b2af
 import ast
@@ -160,7 +160,7 @@ def _form_of_folds(value: Any) -> str:
 FoldsSpec = Annotated[Annotated[int, Field(ge=2), Tag("number")] | Annotated[FixedFold, Tag("split")]
                       | Annotated[DrawnFolds, Tag("drawn")], Discriminator(_form_of_folds)]
 
-# %% ../nbs/42_study.ipynb #6c1adedc
+# %% ../nbs/42_study.ipynb #c7acfd8b
 class Study(Section):
     "A whole study; `folds` is a number (KFold over patients), one fixed split, or how to draw them."
 
@@ -180,6 +180,9 @@ class Study(Section):
     seeds: list[NonNegativeInt] = Field([0], min_length=1)
     runs: list[RunSpec] = Field(min_length=1)
     claims: dict[str, Any] = {}
+
+    def _repr_markdown_(self) -> str:
+        return describe_study(self)
 
 # %% ../nbs/42_study.ipynb #610734e9
 _PARTS = {"phantom": PhantomSpec, "ct-ich": CtIchSpec, "folder": FolderSpec, "pairs": PairsSpec, "pretrain": TrainingSpec,
@@ -339,6 +342,50 @@ def _expand_row(study: Study, row: RunSpec) -> list[dict[str, Any]]:
 def expand_runs(study: Study) -> list[dict[str, Any]]:
     "Runs of a study: a list of id and the parameters of the fine-tuning notebook, in the file's order."
     return [run for row in study.runs for run in _expand_row(study, row)]
+
+# %% ../nbs/42_study.ipynb #6c27b436
+def _row_words(study: Study, row: RunSpec) -> list[str]:
+    "A row of the comparison as cells of a table."
+    runs = _expand_row(study, row)
+    columns = [sorted({run[key] for run in runs}) for key in ("rank", "region", "patients", "learning_rate")]
+    ranks, regions, patients, rates = (", ".join(format(value, "" if isinstance(value, str) else "g") for value in one) for one in columns)
+    strategies = [strategy_of(run) for run in runs]
+    ranks, regions = ranks if strategies[0].is_adapter else "", ", ".join(dict.fromkeys(one.region for one in strategies))
+    rates = ", ".join(map(str, row.learning_rate)) + " (chosen)" if isinstance(row.learning_rate, list) else rates
+    method = row.method + (f" on {row.network}" if row.network else "") + " with extras" * row.extras
+    return [method, ranks, regions, patients if row.patients else "all", rates if strategies[0].trains else "", str(len(runs))]
+
+
+def _cohort_words(spec: Any) -> str:
+    "A cohort's section in a line."
+    facts = ", ".join(f"{key} {value}" for key, value in spec.model_dump(exclude_defaults=True).items() if key != "layout")
+    return f"{spec.layout}: {facts}"
+
+# %% ../nbs/42_study.ipynb #04e2d57e
+def _hours_words(study: Study) -> str:
+    "About how long a study trains, in words."
+    # By name: what a study says of itself decides nothing in a run, and is no part of its code.
+    try:
+        hours = import_module("sahlora.estimate").rough_hours(study)
+    except FileNotFoundError as error:
+        return f"not known yet: {error}"
+    time = f"{hours:,.{int(hours < 10)}f} core hours" if hours >= 1 else f"{60 * hours:.0f} core minutes"
+    return f"about {time} of training, to a factor of two; `make plan` times this machine"
+
+
+def describe_study(study: Study) -> str:
+    "A study's plan as Markdown: cohorts, networks, runs, and about how long they take."
+    count = study.folds if isinstance(study.folds, int) else getattr(study.folds, "count", 1)
+    configs = [study.network, *(one.network for one in study.networks.values())]
+    networks = "; ".join(" ".join([one["name"], *(f"{key} {one[key]}" for key in one if key != "name")]) for one in configs)
+    facts = {"source": _cohort_words(study.source), "target": _cohort_words(study.target), "network": networks,
+             "pre-training": f"{study.pretrain.steps} steps of {study.pretrain.batch_size} slices",
+             "fine-tuning": f"{study.finetune.steps} steps of {study.finetune.batch_size} slices in each fold, unless a row says otherwise",
+             "runs": f"{len(expand_runs(study))}, of {count} fold{'s' * (count > 1)} each", "time": _hours_words(study)}
+    head = ["method", "ranks", "regions", "patients", "learning rate", "runs"]
+    tables = [["", ""], *facts.items()], [head, *(_row_words(study, row) for row in study.runs)]
+    lines = ["\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])) for rows in tables]
+    return "\n\n".join([f"**{study.study}**: {study.title}", f"*{study.note.strip()}*", *lines])
 
 # %% ../nbs/42_study.ipynb #45df4675
 _PLAIN = {"int": int, "float": (int, float), "str": str, "bool": bool, "dict": dict, "list": list}

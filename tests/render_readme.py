@@ -7,10 +7,19 @@ from nbconvert import MarkdownExporter
 PROJECT = Path(__file__).resolve().parent.parent
 
 
+def results_only(cell: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    "What a cell displayed as Markdown, without its code. Raises: ValueError when it was not run."
+    shown = [output["data"]["text/markdown"] for output in cell.outputs if "text/markdown" in output.get("data", {})]
+    if not shown:
+        raise ValueError("index.ipynb: a cell that shows its result alone displayed no Markdown; run the notebook")
+    return nbformat.v4.new_markdown_cell("\n\n".join("".join(one) for one in shown))
+
+
 def render(project: Path = PROJECT) -> str:
     "The README as text: hidden cells dropped, outputs as text, paths into nbs/."
     nb = nbformat.read(project / "nbs/index.ipynb", as_version=4)
     nb.cells = [cell for cell in nb.cells if not cell.source.startswith(("#| hide", "#| eval"))]
+    nb.cells = [results_only(cell) if cell.source.startswith("#| echo: false") else cell for cell in nb.cells]
     nb.metadata["language_info"] = {"name": "python"}  # colours the code; cleaned notebooks do not carry it
     text, resources = MarkdownExporter().from_notebook_node(nb)
     if resources.get("outputs"):

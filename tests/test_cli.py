@@ -9,15 +9,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import sahlora
 from sahlora.cli import app
 from sahlora.cohort import make_phantom_cohort
 from sahlora.files import read_json
 from sahlora.training import save_network
 from sahlora.unet import build_network
-
-COMMANDS = [[], ["pretrain"], ["finetune"], ["predict"], ["cohort"], ["cohort", "make"], ["cohort", "import"], ["cohort", "check"], ["cohort", "show"],
-            ["cohort", "folds"], ["cohort", "layouts"], ["report"], ["report", "html"], ["report", "pdf"]]
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +38,6 @@ def run():
 
 def predict(things, run, scan, out, *more):
     return run("predict", scan, "--model", things[0] / "model.safetensors", "--out", out, "--quiet", *more)
-
-
-@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_help_explains_and_gives_an_example(run, words):
-    done = run(*words, "--help")
-    assert done.exit_code == 0 and len(done.output) > 120
-    if words and words[-1] not in ("cohort", "report"):
-        assert "Example: sahlora" in done.output
-
-
-def test_version(run):
-    assert run("--version").output.strip() == sahlora.__version__
 
 
 def test_predict_one_scan_and_again(things, run, tmp_path):

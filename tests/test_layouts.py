@@ -397,7 +397,7 @@ def test_area_averaging_keeps_the_amount_of_blood(real_data, tmp_path):
                                            (" patient_number", "no_hemorrhage ")])
 def test_the_table_of_the_release_is_compared(tmp_path, patient, none):
     lay_ct_ich(tmp_path / "source")
-    said = [f"{n},{k + 1},{int(not (k in (1, 2, 3)))}" for n in (49, 70) for k in range(6 if n == 49 else 5)]
+    said = [f"{n},{k + 1},{int(k not in (1, 2, 3))}" for n in (49, 70) for k in range(6 if n == 49 else 5)]
     said[1] = "49,2,1"  # the mask has blood on this slice
     (tmp_path / "source/hemorrhage_diagnosis_raw_ct.csv").write_text(
         "\n".join([f"{patient},SliceNumber,{none}", *said, ",,"]))

@@ -71,7 +71,8 @@ def test_comparisons_with_the_named_references_are_those_of_scipy_and_statsmodel
     from scipy import stats
     from statsmodels.stats.multitest import multipletests
 
-    rows = pd.DataFrame(collected["patients"]).merge(pd.DataFrame(collected["runs"])[["id", "name", "network", "patients"]].rename(columns={"id": "run", "patients": "fewer"}), on="run")
+    names = pd.DataFrame(collected["runs"])[["id", "name", "network", "patients"]].rename(columns={"id": "run", "patients": "fewer"})
+    rows = pd.DataFrame(collected["patients"]).merge(names, on="run")
     rows = rows[(rows.network == "") & rows.fewer.isna() & (rows.role == "test")]
     wide = rows.pivot_table(index="patient", columns="name", values="dice_soft").round(12)
     for family in collected["comparisons"]:

@@ -14,7 +14,7 @@ from check_export import check
 
 
 REQUIREMENTS = ("requirements", "dicom_requirements", "tensorboard_requirements", "slurm_requirements", "dev_requirements",
-                "oracle_requirements")
+                "docs_requirements", "bench_requirements", "oracle_requirements")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_pyproject_mirrors_settings(settings, pyproject):
     assert table["requires-python"] == f">={settings['min_python']}"
     assert table["urls"]["Repository"] == settings["git_url"]
     assert [f"{name}={target}" for name, target in table["scripts"].items()] == settings["console_scripts"].split()
-    for key in ("lib_path", "nbs_path", "doc_path", "tst_flags"):
+    for key in ("lib_path", "nbs_path", "doc_path", "tst_flags", "skip_procs"):
         assert nbdev[key] == settings[key], key
     assert nbdev["allowed_cell_metadata_keys"] == settings["allowed_cell_metadata_keys"].split()
     for key in ("clean_ids", "put_version_in_init", "update_pyproject"):

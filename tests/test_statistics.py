@@ -18,7 +18,7 @@ from statsmodels.stats.power import TTestPower
 
 from sahlora import cohort
 from sahlora.statistics import (BINS, FEW, bca_interval, bin_table, compare, complete, describe, friedman,
-                                hodges_lehmann, holm, paired, patient_scores, power, scored, seed_spread,
+                                hodges_lehmann, holm, paired, patient_scores, power, seed_spread,
                                 signed_rank_tails, signed_ranks, smallest_difference, stars, strategies, summary_table,
                                 too_few)
 

@@ -421,7 +421,7 @@ def merged_copy(net: nn.Module) -> nn.Module:
         _restore(module, record)
     return shipped
 
-# %% ../../nbs/36_adapters.network.ipynb #1ce6c960
+# %% ../../nbs/36_adapters.network.ipynb #84813282
 @dataclass(frozen=True)
 class Row:
     "One module of an adapter: kind, weight shape, rank, trainable parameters, and their share of the layer's own."
@@ -453,15 +453,24 @@ class Summary:
         return f"adapter {self.name!r}: {self.method}\n" + text_table(_cells(self))
 
     def _repr_markdown_(self) -> str:
-        return f"adapter `{self.name}`: {self.method}\n\n" + markdown_table(_cells(self))
+        share = f"{self.parameters:,} parameters in {len(self.rows)} layers, {self.parameters / self.network:.2%} of the network's {self.network:,}"
+        return f"adapter `{self.name}`: **{self.method}**, {share}\n\n" + markdown_table(_few(_cells(self)))
 
-# %% ../../nbs/36_adapters.network.ipynb #7546ea00
+# %% ../../nbs/36_adapters.network.ipynb #ac1477b1
 def _cells(table: Summary) -> list[list[str]]:
     head = ["layer", "kind", "weight", "note", "rank", "parameters", "of layer", "of network"]
     body = [[r.layer, r.kind, "x".join(map(str, r.shape)), r.note, str(r.rank or ""), f"{r.parameters:,}",
              f"{r.share:.1%}", f"{r.parameters / table.network:.2%}"] for r in table.rows]  # fmt: skip
     total = ["total", "", "", "", "", f"{table.parameters:,}", "", f"{table.parameters / table.network:.2%}"]
     return [head, *body, total]
+
+
+def _few(cells: list[list[str]], most: int = 24) -> list[list[str]]:
+    "The rows of a long table that a page shows: the first, and how many more there are."
+    if len(cells) <= most + 2:
+        return cells
+    gone = [f"and {len(cells) - most - 1} more", *[""] * (len(cells[0]) - 1)]
+    return [*cells[:most], gone, cells[-1]]
 
 
 def text_table(cells: list[list[str]], left: int = 4) -> str:

@@ -6,13 +6,15 @@
 __all__ = ['to_lps', 'from_lps', 'tolerance', 'even_stacks', 'stack_spacing', 'find_gaps', 'owned_mm', 'slice_normal',
            'angle_degrees', 'HeadCT', 'describe', 'window']
 
-# %% ../../nbs/10_ct.core.ipynb #1cf8156e
+# %% ../../nbs/10_ct.core.ipynb #1a37879b
 from dataclasses import dataclass, field
 from functools import cached_property
-from html import escape
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+
+from ..display import beside, facts_html, grey_slice, png_html
 
 # %% ../../nbs/10_ct.core.ipynb #742bba7f
 def to_lps(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -139,7 +141,7 @@ class _Measured(_Placed):
             affine[:3, 2] = (self.corners[end - 1] - self.corners[first]) / (end - first - 1)
         return affine
 
-# %% ../../nbs/10_ct.core.ipynb #a73463f2
+# %% ../../nbs/10_ct.core.ipynb #5d2aa479
 @dataclass(frozen=True, eq=False)
 class HeadCT(_Measured):
     """One head CT: `hu` (X, Y, Z) in HU, axes to the left, posterior, superior; `affine` (4, 4) to RAS mm.
@@ -172,8 +174,9 @@ class HeadCT(_Measured):
         return f"HeadCT({size} voxels of {mm} mm, {self.hu.min():.0f} to {self.hu.max():.0f} HU)"
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><th>{escape(key)}</th><td>{escape(text)}</td></tr>" for key, text in describe(self).items())
-        return f"<table>{rows}</table>"
+        k = self.hu.shape[2] // 2
+        shown = {"scan": Path(self.source).name or "in memory", "picture": f"slice {k + 1} of {self.hu.shape[2]}, 0 to 80 HU"}
+        return beside(png_html(grey_slice(self.hu[..., k], self.spacing[:2]), "the middle slice"), facts_html(describe(self) | shown))
 
 # %% ../../nbs/10_ct.core.ipynb #46418215
 def describe(ct: HeadCT) -> dict[str, str]:

@@ -109,7 +109,7 @@ def find_holes(positions: np.ndarray, thicknesses: np.ndarray) -> list[tuple[int
     stacks, steps = even_stacks(positions), np.diff(positions)
     holes = {k: (k, mm, expected) for k, mm, expected in find_gaps(positions)}
     for pair in pairwise(stacks):
-        narrow, wide = sorted((stack_spacing(positions, stack) for stack in pair))
+        narrow, wide = sorted(stack_spacing(positions, stack) for stack in pair)
         thick = [float(np.median(thicknesses[slice(*stack)])) for stack in pair]
         times = wide / narrow
         if np.isclose(*thick, rtol=0.05) and times > 1.5 and abs(times - round(times)) < 0.1:

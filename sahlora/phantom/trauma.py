@@ -220,7 +220,7 @@ def convexity(inside: Inside, lesion: Lesion, size: float) -> np.ndarray:
     return np.minimum(np.minimum(filled, near), inside.fields["height"])
 
 
-SHAPES = {  # type: shape, largest size in mm, largest mL, mean HU of pure blood
+SHAPES = {  # kind: shape, largest size in mm, largest mL, mean HU of pure blood
     "epidural": (epidural, 45.0, 110.0, 57.0), "subdural": (subdural, 30.0, 150.0, 52.5),
     "contusion": (contusion, 30.0, 55.0, 52.0), "intraparenchymal": (intraparenchymal, 40.0, 80.0, 52.5),
     "subarachnoid": (convexity, 70.0, 12.0, 52.0),
@@ -306,7 +306,7 @@ SITES = {  # place: low and high corner of where a lesion may start (left side, 
     "temporal": ((45, -30, -14), (53, -12, -4)), "intraparenchymal": ((22, -20, 4), (40, 50, 34)),
     "subarachnoid": ((38, -30, 35), (52, 45, 55)),
 }
-ELSEWHERE = {"contusion": ("temporal", 0.5), "epidural": ("frontal", 0.2)}  # type: another place, how often
+ELSEWHERE = {"contusion": ("temporal", 0.5), "epidural": ("frontal", 0.2)}  # kind: another place, how often
 
 
 def draw_lesion(g: np.random.Generator, name: str, ml: float) -> Lesion:

@@ -7,7 +7,7 @@ __all__ = ['BATCH_PIXELS', 'SHORTAGE', 'InputSpec', 'network_grid', 'pixel_notes
            'fast_copy', 'default_batch', 'is_shortage', 'largest_component_ml', 'Prediction', 'describe_prediction',
            'check_numbers', 'predict_scan']
 
-# %% ../../nbs/60_prediction.scan.ipynb #4365dcbe
+# %% ../../nbs/60_prediction.scan.ipynb #ff0dff8a
 import math
 import time
 from collections.abc import Mapping
@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from ..adapters import active_adapter, merged_copy
 from ..ct import HeadCT
+from ..display import facts_html
 from .sheet import CAUTION, figure_html, overlay_sheet
 from ..hardware import choose_device, choose_precision
 from ..training import pad_to_multiple
@@ -234,7 +235,7 @@ class _Predicted:
         "Slices with at least one voxel of the mask."
         return int(self.mask.any((0, 1)).sum())
 
-# %% ../../nbs/60_prediction.scan.ipynb #6a319431
+# %% ../../nbs/60_prediction.scan.ipynb #f8f50430
 @dataclass(frozen=True, eq=False)
 class Prediction(_Predicted):
     "What `predict_scan` gives; `notes`: beside the scan's own; `batch`: slices at once, in the end."
@@ -250,6 +251,11 @@ class Prediction(_Predicted):
         "mL of the largest component of the mask, its voxels touching, at corners too."
         return largest_component_ml(self.mask, self.ct.slice_ml)
 
+    @property
+    def flags(self) -> tuple[str, ...]:
+        "What a user must look at before believing the numbers; none if all is well."
+        return tuple(note.removeprefix("warning: ") for note in (*self.ct.notes, *self.notes) if note.startswith("warning: "))
+
     def sheet(self, title: str = "", **options: object) -> Figure:
         "The overlay sheet with the volumes in its title; options as `overlay_sheet` takes them."
         name = title or Path(self.ct.source).name or "scan"
@@ -262,16 +268,16 @@ class Prediction(_Predicted):
                 f"largest {self.largest_ml:.1f} mL; {CAUTION})")
 
     def _repr_html_(self) -> str:
-        facts = describe_prediction(self).items()
-        rows = "".join(f"<tr><th>{escape(key)}</th><td>{escape(text)}</td></tr>" for key, text in facts)
-        return f"<table>{rows}</table>{figure_html(self.sheet(most=12, width=130))}"
+        flags = "".join(f"<p><b>&#9888; {escape(flag)}</b></p>" for flag in self.flags)
+        return (f"<h3>{self.hard_ml:.1f} mL of blood <small>({CAUTION})</small></h3>{flags}"
+                f"{figure_html(self.sheet(most=12, width=130))}{facts_html(describe_prediction(self))}")
 
-# %% ../../nbs/60_prediction.scan.ipynb #aba2f130
+# %% ../../nbs/60_prediction.scan.ipynb #3006ca9b
 def describe_prediction(prediction: Prediction) -> dict[str, str]:
     "What a reader of a prediction wants to know first, as words; the last line says that it is not for clinical use."
     p = prediction
     facts = {
-        "scan": p.ct.source or "in memory",
+        "scan": Path(p.ct.source).name or "in memory",
         "blood": f"{p.hard_ml:.2f} mL at threshold {p.threshold:g}; {p.soft_ml:.2f} mL of probability",
         "largest component": f"{p.largest_ml:.2f} mL",
         "slices with blood": f"{p.slices_with_blood} of {p.ct.hu.shape[2]}",

@@ -1,0 +1,143 @@
+"""Tutorials: how they read, that what they keep is small and clean, and that a method of one's own reaches every process."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from sahlora.files import read_json
+from sahlora.provenance import code_hash
+from sahlora.study import project_path
+
+FOLDER = project_path("nbs/tutorials")
+TUTORIALS = sorted(FOLDER.glob("*.ipynb"))
+METHOD = """from sahlora.adapters import Delta, register
+
+
+class RowLoRA(Delta):
+    name, zero = "row-lora", "B"
+
+    def shapes(self, view, rank):
+        return {"A": (rank, *view[1:]), "B": (view[0], rank)}
+
+    def build(self, f, view):
+        return (f["B"] @ f["A"].flatten(1)).view(view)
+
+
+register(RowLoRA())
+"""
+
+
+def cells(path, kind):
+    return [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == kind]
+
+
+def test_the_five_tutorials_are_there():
+    assert {"own_scans", "monai_networks", "new_method", "clusters", "results"} <= {path.stem for path in TUTORIALS}
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+def test_a_tutorial_reads_as_the_others_do(path):
+    nb = nbformat.read(path, 4)
+    assert re.fullmatch(r"# .+\n\n> [^\\\n]+", nb.cells[0].source), "a title and a subtitle first"
+    assert nb.cells[1].cell_type == "markdown" and len(nb.cells[1].source.split()) > 30, "then what and why"
+    code = cells(path, "code")
+    assert max(sum(bool(line.strip()) for line in cell.source.splitlines()) for cell in code) <= 30
+    assert max(len(line) for cell in nb.cells for line in cell.source.splitlines() if "|" not in line) <= 150
+    assert sum(cell.source.count("assert ") for cell in code) >= (3 if path.stem == "clusters" else 5)
+    assert sum("%%" in cell.source for cell in code) == 0, "no magics: the tests run cells without Jupyter"
+    for cell in code:
+        kinds = {isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(cell.source).body}
+        assert len(kinds) <= 1, "imports stand in cells of their own"
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+def test_a_tutorial_keeps_its_outputs_small_and_clean(path):
+    outputs = [output for cell in cells(path, "code") for output in cell.outputs]
+    assert outputs and not any(output.output_type == "error" or output.get("name") == "stderr" for output in outputs)
+    assert path.stat().st_size < 700_000
+    shown = [str(value) for output in outputs for kind, value in {**output.get("data", {}), "text": output.get("text", "")}.items()
+             if not kind.startswith("image")]
+    assert not any(re.search(r"/(tmp|root|home|Users|work)/", text) for text in shown), "no path of the machine it ran on"
+    assert not any("widget-view" in kind for output in outputs for kind in output.get("data", {})), "still pictures in what is kept"
+    assert any("image/png" in output.get("data", {}) for output in outputs), "a picture"
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+def test_links_lead_somewhere(path):
+    text = "\n".join(cell.source for cell in cells(path, "markdown"))
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert target.startswith("http") or (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+def test_commands_exist(path, command):
+    "Every `sahlora ...` of a shell block names a command and options that there are."
+    text = "\n".join(cell.source for cell in cells(path, "markdown"))
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines() if line.startswith("sahlora ")]
+    for words in map(str.split, lines):
+        name = words[1:3] if words[1] in ("cohort", "study", "report", "models") else words[1:2]
+        shown = command(str(Path(sys.executable).with_name("sahlora")), *name, "--help", COLUMNS="200")
+        assert shown.returncode == 0, name
+        for option in (word for word in words if word.startswith("--")):
+            assert option in shown.stdout, f"{' '.join(name)} {option}"
+
+
+def ask(code, methods="", cwd=None):
+    "What Python prints in a process of its own, with SAHLORA_METHODS."
+    env = {**{key: value for key, value in os.environ.items() if key != "SAHLORA_METHODS"}, **({"SAHLORA_METHODS": methods} if methods else {})}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=cwd)
+
+
+def test_a_method_of_ones_own_reaches_other_processes(tmp_path):
+    (tmp_path / "row.py").write_text(METHOD)
+    code = ("import os, subprocess, sys; from sahlora.adapters import METHODS; print(*METHODS); os.chdir('/')\n"
+            "print(subprocess.run([sys.executable, '-c', 'from sahlora.strategies import strategy_words; print(*strategy_words())'], "
+            "capture_output=True, text=True, check=True).stdout)")
+    done = ask(code, "row.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, other = [line.split() for line in done.stdout.splitlines() if line]
+    for words in (one, other):
+        assert {"row-lora", "row-dora", "cp-lora"} <= set(words)
+    assert "row-lora" not in ask("from sahlora.adapters import METHODS; print(*METHODS)").stdout
+
+
+def test_a_missing_file_of_methods_is_named(tmp_path):
+    done = ask("import sahlora.adapters", "nowhere.py", tmp_path)
+    assert done.returncode and "SAHLORA_METHODS: " in done.stderr and "nowhere.py: no such file" in done.stderr
+
+
+def test_a_change_of_the_method_makes_runs_stale(tmp_path, monkeypatch):
+    notebook, file = project_path("nbs/experiments/3_finetune.ipynb"), tmp_path / "row.py"
+    monkeypatch.delenv("SAHLORA_METHODS", raising=False)
+    plain = code_hash(notebook)
+    file.write_text(METHOD)
+    monkeypatch.setenv("SAHLORA_METHODS", str(file))
+    mine = code_hash(notebook)
+    file.write_text(METHOD + "# a remark\n")
+    assert code_hash(notebook) == mine != plain
+    file.write_text(METHOD.replace("f[\"B\"] @", "-f[\"B\"] @"))
+    assert code_hash(notebook) not in (mine, plain)
+
+
+@pytest.mark.slow
+def test_a_study_with_a_method_of_ones_own(tmp_path, command):
+    "The whole batch, in its own processes: cohorts, base, runs, report, with the method in tables and results."
+    study = yaml.safe_load(project_path("paper/studies/smoke.yaml").read_text())
+    cohort = {"layout": "phantom", "cases": 4, "grid": [32, 40]}
+    study |= {"study": "own-method", "networks": {}, "folds": 2, "source": cohort | {"kind": "tbi", "seed": 1},
+              "target": cohort | {"kind": "asah", "seed": 2}, "runs": [{"method": "none"}, {"method": "row-lora", "ranks": [2]}]}
+    study["pretrain"]["steps"] = study["finetune"]["steps"] = 10
+    (tmp_path / "own-method.yaml").write_text(yaml.safe_dump(study))
+    (tmp_path / "row.py").write_text(METHOD)
+    done = command(str(Path(sys.executable).with_name("sahlora")), "study", "run", str(tmp_path / "own-method.yaml"), "--cores", "2", "--runs",
+                   str(tmp_path / "runs"), SAHLORA_METHODS=str(tmp_path / "row.py"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = read_json(next(tmp_path.glob("runs/**/results.json")))
+    assert {run["method"] for run in results["runs"]} == {"none", "row-lora"} and not results["failed"]
