@@ -125,7 +125,7 @@ def main(version: Annotated[bool, typer.Option("--version", callback=_version, i
     if os.environ.get("NO_COLOR"):
         os.environ["TERM"] = "dumb"  # what Snakemake looks at
 
-# %% ../nbs/80_cli.ipynb #c99e051e
+# %% ../nbs/80_cli.ipynb #4ec1d24b
 @report.command("html")
 def report_html(notebook: Annotated[Path, typer.Argument(help="The executed report notebook.")],
                 out: Annotated[Path, typer.Argument(help="The HTML file to write.")],
@@ -140,7 +140,7 @@ def report_html(notebook: Annotated[Path, typer.Argument(help="The executed repo
 
     render_html(notebook, out, title)
 
-
+# %% ../nbs/80_cli.ipynb #6686cc71
 @report.command("pdf")
 def report_pdf(results: Annotated[Path, typer.Argument(help="results.json, with figures/ beside it.")],
                out: Annotated[Path, typer.Argument(help="The PDF file to write.")],
@@ -155,7 +155,7 @@ def report_pdf(results: Annotated[Path, typer.Argument(help="results.json, with 
 
     render_pdf(results, out, figures=figures)
 
-
+# %% ../nbs/80_cli.ipynb #dafc91e7
 @report.command("figures")
 def report_figures(folder: Annotated[Path, typer.Argument(help="A report: results.json, histories.csv, pictures.safetensors.")],
                    out: Annotated[Path, typer.Argument(help="Folder for the figures, as SVG and PNG.")]) -> None:
@@ -337,7 +337,7 @@ def cohort_check(
         typer.echo(f"patients and scans shared with {against}: 0")
     raise typer.Exit(int(not found.ok))
 
-# %% ../nbs/80_cli.ipynb #6ee54227
+# %% ../nbs/80_cli.ipynb #6384c997
 @cohort.command("show")
 def cohort_show(
     folder: _Folder,
@@ -360,7 +360,7 @@ def cohort_show(
     save_figure(cohort_sheet(rows, synthetic=synthetic), out)
     typer.echo("\n".join([cohort_table(shown).to_string(), *["synthetic, no clinical claim"] * synthetic, str(out)]))
 
-
+# %% ../nbs/80_cli.ipynb #13f6c0d3
 @cohort.command("folds")
 def cohort_folds(
     folder: _Folder,

@@ -161,7 +161,7 @@ def find_scores(adapter: Path | None, model: Path) -> pd.DataFrame | None:
     scores = pd.read_csv(WEIGHTS / "patients.csv", dtype={"patient": str})
     return scores[scores.method == ("none" if path.stem == NETWORK else path.stem)]
 
-# %% ../nbs/62_sharing.ipynb #f1b53c6f
+# %% ../nbs/62_sharing.ipynb #cf3aacb2
 def _write_bundle(folder: Path, net: nn.Module, metadata: Mapping[str, Any], config: Mapping[str, Any],
                   card: str) -> None:
     "The files of a bundle."
@@ -178,7 +178,7 @@ def _write_bundle(folder: Path, net: nn.Module, metadata: Mapping[str, Any], con
     (folder / "docs" / "README.md").write_text(card, encoding="utf-8")
     (folder / "LICENSE").write_bytes((WEIGHTS / "LICENSE").read_bytes())
 
-
+# %% ../nbs/62_sharing.ipynb #1ff1d822
 def export_bundle(out: str | Path, model: str | Path = NETWORK, adapter: str | Path | None = None, threshold: float = 0.5,
                   scores: str | Path | None = None) -> Path:
     """Write a MONAI bundle of a network, an adapter merged into it, to the new folder `out`; its path.
