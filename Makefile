@@ -29,7 +29,7 @@ check: $(READY)  ## Do notebooks and exported package agree?
 	python tests/check_export.py
 
 test: check test-notebooks  ## Check the export, run the notebooks' cells, run pytest.
-	python -m pytest -n 2 --dist loadfile -m "not slow"
+	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-notebooks: $(READY)  ## Run every notebook's cells, but for those marked slow.
 	nbdev-test --n-workers 2 --do-print
@@ -38,7 +38,7 @@ test-notebooks-slow: $(READY)  ## Run every notebook's cells, slow ones too.
 	nbdev-test --n-workers 2 --do-print --flags slow
 
 test-slow: check test-notebooks-slow  ## Everything, slow tests too.
-	python -m pytest -n 2 --dist loadfile
+	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 paper: $(READY)  ## Run a study (STUDY=smoke), then its report.html and paper.pdf; PROFILE=paper/profiles/slurm on a cluster.
 	sahlora study run paper/studies/$(STUDY).yaml --cores $(CORES) $(if $(PROFILE),--profile $(PROFILE))

@@ -14,6 +14,13 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; left out of `make test`, run by `make test-slow`")
 
 
+LONGEST = ("test_kill", "test_paper")  # few tests that take minutes: begun first, so that no worker waits for them in the end
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 @pytest.fixture(scope="session")
 def project() -> Path:
     "The folder with settings.ini."

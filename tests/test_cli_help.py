@@ -148,7 +148,8 @@ def test_exit_codes_are_documented_and_kept(tmp_path):
 def test_ctrl_c_ends_with_130(tmp_path):
     "In words of no line at all, and as a shell expects it."
     done = subprocess.Popen([PROGRAM, "cohort", "make", "--kind", "tbi", "--cases", "500", "--out", tmp_path / "c"], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background jobs ignore it
     made = tmp_path / "c" / "images"
     for _ in range(600):
         if made.is_dir() and any(made.glob("*.nii.gz")):

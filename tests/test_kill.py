@@ -61,9 +61,9 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 300) -> None
         time.sleep(0.02)
 
 
-def engine_of(process: subprocess.Popen) -> psutil.Process:
-    "The Snakemake that a study's owner started."
-    return next(child for child in psutil.Process(process.pid).children() if "snakemake" in " ".join(child.cmdline()))
+def engine_of(process: subprocess.Popen) -> psutil.Process | None:
+    "The Snakemake that a study's owner started; None before."
+    return next((child for child in psutil.Process(process.pid).children() if "snakemake" in " ".join(child.cmdline())), None)
 
 
 def at_work(process: psutil.Process) -> bool:
@@ -95,9 +95,12 @@ def test_killed_in_training_and_scoring_and_run_again(whole, tmp_path):
     process.wait()
     orphans = leftovers(folder)
     assert any("papermill" in " ".join(one.cmdline()) for one in orphans)
+    for one in orphans:
+        one.suspend()  # else a fast machine has them done before the next owner looks
 
     process = start(study, tmp_path)
     wait_for(lambda: not any(at_work(one) for one in orphans), process)
+    wait_for(lambda: engine_of(process), process)
     wait_for(lambda: (folder / "finetune/cp-lora-r8-decoding-s0/patients.csv").exists(), process)
     engine_of(process).kill()
     said = process.communicate(timeout=60)[0]
