@@ -127,8 +127,8 @@ def page_trend(scores: pd.DataFrame) -> Trend:
     orders = range(1, k + 1), range(k, 0, -1)
     rising, falling = (stats.page_trend_test(data, predicted_ranks=order) for order in orders)
     rho = 12 * rising.statistic / (n * k * (k ** 2 - 1)) - 3 * (k + 1) / (k - 1)
-    p = (float(rising.pvalue), float(falling.pvalue)) if n > FEW else (None, None)
-    return Trend(n, dropped, k, float(rising.statistic), float(rho), *p, too_few(n))
+    up, down = (float(rising.pvalue), float(falling.pvalue)) if n > FEW else (None, None)
+    return Trend(n, dropped, k, float(rising.statistic), float(rho), up, down, too_few(n))
 
 # %% ../nbs/51_agreement.ipynb #fb87dc9e
 @dataclass(frozen=True)

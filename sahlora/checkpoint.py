@@ -11,6 +11,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from .files import load_tensors, save_tensors
 
 # %% ../nbs/40_checkpoint.ipynb #b6dbdbbf
-def random_state(device: torch.device) -> tuple[dict[str, Tensor], dict[str, object]]:
+def random_state(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
     "State of the generators of torch, of `device`, numpy and python, as tensors and as what JSON can hold."
-    name, keys, place, has_gauss, gauss = np.random.get_state()
+    generator: Any = np.random.get_state()
+    name, keys, place, has_gauss, gauss = generator
     version, words, gauss_next = random.getstate()
     tensors = {"random.torch": torch.get_rng_state(), "random.numpy": torch.from_numpy(keys.astype(np.int64)),
                "random.python": torch.tensor(words, dtype=torch.int64)}
@@ -62,16 +64,16 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 # %% ../nbs/40_checkpoint.ipynb #575f54cb
-def flat(facts: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+def flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     "Nested facts with dotted names."
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in facts.items():
         name = f"{prefix}{key}"
         found |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return found
 
 
-def differences(was: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     "What differs between two sets of facts, one line for each name, at most 10."
     one, other = flat(was), flat(now)
     changed = [key for key in sorted({*one, *other}) if one.get(key) != other.get(key)]
@@ -84,7 +86,7 @@ class Checkpoint:
     """Where a run is saved: `path`, and `previous` beside it. `facts`: what must be the same to go on (JSON)."""
 
     path: Path
-    facts: Mapping[str, object]
+    facts: Mapping[str, Any]
 
     @property
     def previous(self) -> Path:
@@ -110,7 +112,7 @@ class Checkpoint:
             path.unlink(missing_ok=True)
 
 # %% ../nbs/40_checkpoint.ipynb #f97a9270
-def find_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, object]] | None:
+def find_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Tensors and header of the newest whole checkpoint; None without one.
 
     Raises: ValueError that names the difference when it belongs to another configuration, split or data.

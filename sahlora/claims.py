@@ -284,7 +284,8 @@ def claim_2(evidence: Evidence, plan: Plan) -> Claim:
 # %% ../nbs/52_claims.ipynb #70805cee
 def rank_sides(evidence: Evidence, plan: Plan) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
     "Per adapter with both kinds of ranks: scores over low and over high ranks, and the pairs of columns."
-    columns, pairs = {}, []
+    columns: dict[str, pd.Series] = {}
+    pairs = []
     for method in plan.adapters:
         at = evidence.named(method, plan.region).items()
         kinds = {f"{method}, ranks {plan.over} and above": [name for rank, name in at if rank >= plan.over],

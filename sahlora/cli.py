@@ -397,11 +397,11 @@ _Option = Annotated[list[str] | None, typer.Option(help="More about the training
                     "loss=dice+ce, optimizer=adamw, weight_decay=0.01, clip=1, average=0.99, patience=5, compile=true.")]
 
 
-def _training_options(given: list[str] | None, device: str, workers: int) -> dict[str, object]:
+def _training_options(given: list[str] | None, device: str, workers: int) -> dict[str, Any]:
     "Options of a Training from name=value. Raises: ValueError for what is not of that form."
     import yaml
 
-    values: dict[str, object] = {"device": device, "workers": workers}
+    values: dict[str, Any] = {"device": device, "workers": workers}
     for text in given or ():
         name, equals, value = text.partition("=")
         if not equals:
@@ -492,7 +492,7 @@ def _finetune(base: Path, cohort: Path, folds: Path | None, strategy: "Strategy"
 
 # %% ../nbs/80_cli.ipynb #a199b508
 def _read_options(series: str | None, window: str | None, spacing: str | None, orientation: str | None,
-                  fill_nan: bool, allow_gaps: bool) -> dict[str, object]:
+                  fill_nan: bool, allow_gaps: bool) -> dict[str, Any]:
     "Options of the command as `read_ct` takes them."
     return {"series": series, "window": _numbers(window, "--window", 2), "spacing": _numbers(spacing, "--spacing", 3),
             "orientation": orientation, "fill_nan": fill_nan, "allow_gaps": allow_gaps}

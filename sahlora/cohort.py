@@ -53,7 +53,7 @@ def voxel_hash(array: np.ndarray) -> str:
     """
     whole = np.round(np.nan_to_num(np.asarray(array, np.float32), nan=-1024))
     digest = hashlib.sha256(str(array.shape).encode())
-    digest.update(np.ascontiguousarray(np.clip(whole, -1024, 3071), dtype="<i2"))
+    digest.update(np.ascontiguousarray(np.clip(whole, -1024, 3071), dtype="<i2").data)
     return digest.hexdigest()
 
 # %% ../nbs/12_cohort.ipynb #1ad7e394
@@ -66,7 +66,7 @@ def compact(array: np.ndarray) -> np.ndarray:
     return small if np.array_equal(small, array) else array.astype(np.float32)
 
 # %% ../nbs/12_cohort.ipynb #5d92e4bf
-def _write_case(folder: Path, case: Case) -> dict[str, object]:
+def _write_case(folder: Path, case: Case) -> dict[str, Any]:
     "Write one case's two volumes; its row of the table."
     image, label = f"images/{case.case}.nii.gz", f"labels/{case.case}.nii.gz"
     write_nifti(folder / image, case.image, case.affine)
@@ -77,7 +77,7 @@ def _write_case(folder: Path, case: Case) -> dict[str, object]:
     return dict(zip(COLUMNS, (*row, file_hash(folder / image), voxel_hash(case.image))))
 
 
-def _write_table(folder: Path, rows: Iterable[dict[str, object]]) -> None:
+def _write_table(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
     "cohort.csv, whole or not at all."
     write_csv(folder / "cohort.csv", pd.DataFrame(list(rows), columns=list(COLUMNS)))
 
@@ -199,8 +199,6 @@ class _Listed:
     def __repr__(self) -> str:
         return f"Cohort({len(self)} scans of {len(self.patients)} patients in {self.folder.name})"
 
-    def _repr_html_(self) -> str:
-        return cohort_html(self)
 
 # %% ../nbs/12_cohort.ipynb #50aa2e71
 @dataclass(frozen=True, repr=False)
@@ -225,6 +223,9 @@ class Cohort(_Listed):
         "(patient, HeadCT, mask (X, Y, Z) uint8) scan by scan, in the table's order."
         for row in self.table.itertuples():
             yield row.patient, *_load_pair(self.folder, row.image, row.label, row.intensity)
+
+    def _repr_html_(self) -> str:
+        return cohort_html(self)
 
 # %% ../nbs/12_cohort.ipynb #c985e301
 def _phantom_case(kind: str, seed: int, index: int, grid: tuple[int, int], slices: int) -> Case:

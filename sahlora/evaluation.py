@@ -170,7 +170,8 @@ def f1(tp: int, fp: int, fn: int) -> float:
 def slice_counts(hard: np.ndarray, t: np.ndarray) -> tuple[int, int, int, int]:
     "Slices of masks (X, Y, Z): blood found (tp), false alarms (fp), blood missed (fn), rightly empty (tn)."
     called, blood = hard.any((0, 1)), t.any((0, 1))
-    return tuple(int(n.sum()) for n in (called & blood, called & ~blood, ~called & blood, ~called & ~blood))
+    tp, fp, fn, tn = (int(n.sum()) for n in (called & blood, called & ~blood, ~called & blood, ~called & ~blood))
+    return tp, fp, fn, tn
 
 
 def share(part: int, rest: int) -> float:

@@ -15,6 +15,11 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
 
 # %% ../nbs/01_files.ipynb #4c202014
 PART = ".part."  # how the name of what is still being written, or removed, begins
@@ -79,7 +84,7 @@ def write_json(path: str | Path, content: object) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_json(path: str | Path) -> object:
+def read_json(path: str | Path) -> Any:
     "What `write_json` wrote. Raises: ValueError that names the file when it is not JSON."
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -87,7 +92,7 @@ def read_json(path: str | Path) -> object:
         raise ValueError(f"{path}: not valid JSON ({error}); make it again") from error
 
 # %% ../nbs/01_files.ipynb #224b7fb3
-def write_csv(path: str | Path, table: "pandas.DataFrame") -> None:
+def write_csv(path: str | Path, table: "pd.DataFrame") -> None:
     "Write a table as CSV without its index, whole or not at all."
     with atomic_path(path) as temporary:
         table.to_csv(temporary, index=False)
@@ -105,7 +110,7 @@ def object_hash(content: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 # %% ../nbs/01_files.ipynb #5b425565
-def save_tensors(path: str | Path, tensors: Mapping[str, "torch.Tensor"], header: Mapping[str, object]) -> None:
+def save_tensors(path: str | Path, tensors: Mapping[str, "Tensor"], header: Mapping[str, Any]) -> None:
     "Write named tensors and a JSON header as one safetensors file, whole or not at all."
     from safetensors.torch import save_file
 
@@ -114,7 +119,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, "torch.Tensor"], header
         save_file(flat, temporary, metadata={"sahlora": json.dumps(header, sort_keys=True, allow_nan=False)})
 
 
-def load_tensors(path: str | Path) -> tuple[dict[str, "torch.Tensor"], dict[str, object]]:
+def load_tensors(path: str | Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
     """Tensors and header that `save_tensors` wrote.
 
     Raises: FileNotFoundError; ValueError that names a file that is damaged or was not written by sahlora.

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -32,10 +33,10 @@ class Fold:
 
 def _sorted(patients: Iterable[str], folds: int) -> np.ndarray:
     "Patients sorted, each once. Raises: ValueError for fewer than 2 folds or fewer patients than folds."
-    patients = np.array(sorted(set(patients)))
-    if not 2 <= folds <= len(patients):
-        raise ValueError(f"{folds} folds of {len(patients)} patients: needs at least 2 folds and a patient in each")
-    return patients
+    known = np.array(sorted(set(patients)))
+    if not 2 <= folds <= len(known):
+        raise ValueError(f"{folds} folds of {len(known)} patients: needs at least 2 folds and a patient in each")
+    return known
 
 
 def _draw(splitter: KFold | StratifiedKFold, patients: np.ndarray, bins: Sequence[str] | None = None) -> list[Fold]:
@@ -46,8 +47,7 @@ def _draw(splitter: KFold | StratifiedKFold, patients: np.ndarray, bins: Sequenc
 
 def kfold(patients: Sequence[str], folds: int = 3, seed: int = 0) -> list[Fold]:
     "The paper's KFold(folds, shuffle=True, random_state=seed) over sorted patients. Raises: ValueError if too few."
-    patients = _sorted(patients, folds)
-    return _draw(KFold(folds, shuffle=True, random_state=seed), patients)
+    return _draw(KFold(folds, shuffle=True, random_state=seed), _sorted(patients, folds))
 
 # %% ../nbs/16_folds.ipynb #74e5ff41
 def patient_volumes(cohort: Cohort) -> dict[str, float]:
@@ -101,7 +101,7 @@ def check_folds(cohort: Cohort, folds: Sequence[Fold]) -> int:
         if unknown := sorted({*fold.train, *fold.test} - set(cohort.patients)):
             raise ValueError(f"fold {number}: {cohort.folder} has no patient {', '.join(unknown)}")
         sides = [{case: voxels[case] for case in voxels if owner[case] in side} for side in (fold.train, fold.test)]
-        check_voxels(*sides, what)
+        check_voxels(sides[0], sides[1], what)
     return 0
 
 # %% ../nbs/16_folds.ipynb #d66acf2a
@@ -113,15 +113,16 @@ def draw_folds(cohort: Cohort, method: str = "kfold", folds: int = 3,
     "Folds of a cohort, checked for leaks, and notes. Raises: ValueError for another method, too few patients, a leak."
     if method not in FOLD_METHODS:
         raise ValueError(f"folds by {method!r}: there are {', '.join(FOLD_METHODS)}")
+    notes: tuple[str, ...] = ()
     if method == "kfold":
-        plan, notes = kfold(cohort.patients, folds, seed), ()
+        plan = kfold(cohort.patients, folds, seed)
     else:
         plan, notes = stratified(patient_volumes(cohort), folds, seed)
     check_folds(cohort, plan)
     return plan, notes
 
 
-def _people(cohort: Cohort) -> dict[str, dict[str, object]]:
+def _people(cohort: Cohort) -> dict[str, dict[str, Any]]:
     "Patient -> blood_ml (None: unknown) and sorted voxel hashes."
     hashes, volumes = cohort.voxels, patient_volumes(cohort)
     return {patient: {"blood_ml": None if np.isnan(ml) else ml,
@@ -133,7 +134,7 @@ def _some(patients: Sequence[str]) -> str:
     return ", ".join(patients[:5]) + (f" and {len(patients) - 5} more" if len(patients) > 5 else "")
 
 
-def _changes(stored: Mapping[str, object], people: Mapping[str, Mapping[str, object]]) -> list[str]:
+def _changes(stored: Mapping[str, Any], people: Mapping[str, Mapping[str, Any]]) -> list[str]:
     "What differs between the cohort a file was drawn for and `people` now."
     then, changes = stored["patients"], []
     if new := sorted(people.keys() - then.keys()):

@@ -13,6 +13,7 @@ import platform
 import resource
 import time
 from importlib.metadata import version
+from typing import Any
 
 import torch
 
@@ -87,7 +88,7 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def run_facts(seconds: float, resumed: bool = False) -> dict[str, object]:
+def run_facts(seconds: float, resumed: bool = False) -> dict[str, Any]:
     """What a run cost and where: seconds, CPU seconds of the whole process, peak MiB, processor, threads, allocator settings, versions.
 
     `resumed`: the run went on from an earlier process, so that its cost is that of the last part alone.

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -45,7 +46,7 @@ class Request:
     size: int | None = None
     fill_nan: bool = False
 
-    def as_json(self) -> dict[str, object]:
+    def as_json(self) -> dict[str, Any]:
         "As it reads when it comes back from a file."
         return json.loads(json.dumps(asdict(self)))
 
@@ -269,7 +270,7 @@ def _list_scans(layout: str, source: Path) -> list[Found]:
 
 
 def _request(layout: str, source: Path, blood: str | Sequence[str] | None, labels: str | Mapping[int, str] | None,
-             rater: str | int, site: str | None, **options: object) -> Request:
+             rater: str | int, site: str | None, **options: Any) -> Request:
     "The choices of an import, checked. Raises: ValueError that names the option."
     if layout not in LAYOUTS:
         raise ValueError(f"--layout {layout!r}: there are {', '.join(LAYOUTS)}")
@@ -304,7 +305,8 @@ def import_cohort(layout: str, source: str | Path, out: str | Path, *, blood: st
     if size is not None and not found[0].image.is_dir():
         raise ValueError("--size: only JPEG slices are brought to another size; a volume keeps its own")
     _check_out(out, source, request, overwrite)
-    skipped, notes = {}, []
+    skipped: dict[str, str] = {}
+    notes: list[tuple[str, str]] = []
     cohort = write_cohort(out, _good_cases(found, request, out, skipped, notes, progress))
     for group in find_duplicates(cohort):
         notes.append((", ".join(scan.case for scan in group), "the same voxels under several names"))

@@ -195,7 +195,7 @@ def parse_labels(text: str | Mapping[int, str] | None) -> dict[int, str] | None:
         parts = [re.fullmatch(r"\s*(\d+)\s*=\s*(\S+)\s*", part) for part in text.split(",")]
         if not all(parts):
             raise ValueError(f"--labels {text!r}: write code=name, such as \"1=EDH,2=IPH\"")
-        pairs = [(int(part[1]), part[2]) for part in parts]
+        pairs = [(int(part[1]), part[2]) for part in parts if part]
     codes = {int(code): str(kind) for code, kind in pairs}
     if len(codes) < len(pairs) or 0 in codes:
         raise ValueError(f"--labels {text!r}: {'0 is the background' if 0 in codes else 'a code stands in it twice'}")
@@ -239,7 +239,7 @@ RATERS = ("majority", "union", "one")
 def combine_raters(masks: Mapping[int, np.ndarray], rater: str | int = "majority") -> np.ndarray:
     "One mask, bool, from masks by rater's number. Raises: ValueError for a rater who is not there, or another word."
     if rater in RATERS:
-        votes = np.sum(list(masks.values()), axis=0, dtype=np.uint8)
+        votes = np.stack(list(masks.values())).sum(0, dtype=np.uint8)
         return {"majority": 2 * votes > len(masks), "union": votes > 0, "one": masks[min(masks)]}[rater]
     if not str(rater).isdigit():
         raise ValueError(f"--rater {rater!r}: there are {', '.join(RATERS)}, or the number of a rater")

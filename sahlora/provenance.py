@@ -13,25 +13,34 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# %% ../nbs/43_provenance.ipynb #f53dfa36
+# %% ../nbs/43_provenance.ipynb #4dc63444
+def _says_nothing(line: ast.stmt) -> bool:
+    "Whether a statement decides no result: words, imports for types alone, and what a notebook shows."
+    words = isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
+    types = isinstance(line, ast.If) and isinstance(line.test, ast.Name) and line.test.id == "TYPE_CHECKING"
+    return words or types or getattr(line, "name", "").startswith("_repr_")
+
+
 def syntax(source: str) -> ast.Module:
-    "Syntax tree of a module or cell without docstrings; IPython magics are dropped."
+    "Syntax tree of a module or cell without docstrings and the types of functions; IPython magics are dropped."
     tree = ast.parse("\n".join(line for line in source.splitlines() if not line.startswith(("%", "!"))))
     for node in ast.walk(tree):
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            node.returns = None
         if isinstance(body := getattr(node, "body", None), list):
-            code = [line for line in body if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))
-                    and not getattr(line, "name", "").startswith("_repr_")]  # what a notebook shows decides nothing
-            node.body = code or [ast.Pass()]
+            node.body = [line for line in body if not _says_nothing(line)] or [ast.Pass()]  # type: ignore[attr-defined]
     return tree
 
-# %% ../nbs/43_provenance.ipynb #b59f2227
+# %% ../nbs/43_provenance.ipynb #abfa1dda
 PACKAGE = "sahlora"
 Target = tuple[str, str | None]  # module, and a definition in it (None: all of it)
 
 
 def module_file(name: str) -> Path:
     "File of a module of this package."
-    path = Path(__import__(PACKAGE).__file__).parent.parent / name.replace(".", "/")
+    path = Path(str(__import__(PACKAGE).__file__)).parent.parent / name.replace(".", "/")
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 

@@ -36,7 +36,7 @@ def trace(net: nn.Module) -> torch.jit.ScriptModule:
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 
 
-def _tensor(words: str, form: str, step: int, span: list[float], **more: object) -> dict[str, Any]:
+def _tensor(words: str, form: str, step: int, span: list[float], **more: Any) -> dict[str, Any]:
     "A tensor in the words of the specification."
     return {"type": "image", "format": form, **more, "num_channels": 1, "spatial_shape": [f"{step}*n", f"{step}*n"],
             "dtype": "float32", "value_range": span, "is_patch_data": False, "channel_def": {"0": words}}
@@ -66,7 +66,7 @@ _RESIZE = ("torch.nn.functional.interpolate(x.permute(3, 0, 1, 2), {}, mode='bil
 _GRID = "[max(1, round(int(n) * float(mm) / {!r})) for n, mm in zip(x.shape[1:3], x.pixdim)]"
 
 
-def _do(name: str, keys: str = "image", **options: object) -> dict[str, Any]:
+def _do(name: str, keys: str = "image", **options: Any) -> dict[str, Any]:
     "One of MONAI's transforms."
     return {"_target_": name, "keys": keys, **options}
 

@@ -58,7 +58,8 @@ def _planes(ct_slices: np.ndarray, mask: np.ndarray, multiple: int) -> tuple[np.
 
 def _unpack_cohort(cohort: Cohort, folder: Path, multiple: int) -> None:
     "Write images.u8, masks.u8 and index.json. Raises: ValueError that names the first scan of another slice size."
-    counts, blood, size = [], [], None
+    counts, size = [], None
+    blood: list[bool] = []
     with open(folder / "images.u8", "wb") as image_file, open(folder / "masks.u8", "wb") as mask_file:
         for _, ct, mask in cohort:
             images, masks = _planes(ct.slices(), mask, multiple)
@@ -69,7 +70,7 @@ def _unpack_cohort(cohort: Cohort, folder: Path, multiple: int) -> None:
             image_file.write(images.tobytes())
             mask_file.write(masks.tobytes())
             counts.append(len(images))
-            blood += masks.any((1, 2)).tolist()
+            blood.extend(bool(plane.any()) for plane in masks)
     cases, patients = cohort.table.case.tolist(), cohort.table.patient.tolist()
     write_json(folder / "index.json", {"size": size, "counts": counts, "cases": cases, "patients": patients, "blood": blood})
 
@@ -101,11 +102,11 @@ class SliceStore:
             raise ValueError(f"{self.folder.parent.parent}: no patient {', '.join(unknown)}")
         return np.flatnonzero(np.isin(self.patients, patients))
 
-    def read(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def read(self, rows: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
         "HU (n, 1, H, W) float32, within -30..170, and masks uint8 of some slices."
         return unpack(self._bytes("images.u8", rows)), torch.from_numpy(self._bytes("masks.u8", rows))
 
-    def _bytes(self, name: str, rows: Sequence[int]) -> np.ndarray:
+    def _bytes(self, name: str, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         length = math.prod(self.size)
         with open(self.folder / name, "rb") as file:  # read, not mapped: mapped pages would count as memory used
             planes = [os.pread(file.fileno(), length, int(row) * length) for row in rows]

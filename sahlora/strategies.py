@@ -11,6 +11,7 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,6 +35,13 @@ def strategy_words() -> tuple[str, ...]:
 class _Named:
     "What follows from the words of a strategy."
 
+    method: str
+    region: str
+    rank: int
+    extras: bool
+    patients: int | None
+    training: Mapping[str, Any]
+
     @property
     def is_adapter(self) -> bool:
         "Whether factors are trained beside frozen weights."
@@ -51,10 +59,10 @@ class _Named:
         few = f"-n{self.patients}" if self.patients else ""
         return f"{self.method}{rank}{f'-{self.region}' if self.region else ''}{extras}{few}"
 
-    def facts(self) -> dict[str, object]:
+    def facts(self) -> dict[str, Any]:
         "Everything that decides its result, as JSON gives it back; how many threads read ahead does not."
         training = {key: value for key, value in self.training.items() if key != "workers"}
-        return json.loads(json.dumps({**asdict(self), "training": training}))
+        return json.loads(json.dumps({**asdict(cast(Any, self)), "training": training}))
 
 # %% ../nbs/41_strategies.ipynb #32638f03
 @dataclass(frozen=True)
@@ -77,8 +85,8 @@ class Strategy(_Named):
     seed: int = 0
     precision: str = "auto"
     extras: bool = False
-    adapter: Mapping[str, object] = field(default_factory=dict)
-    training: Mapping[str, object] = field(default_factory=dict)
+    adapter: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
     patients: int | None = None
 
     def __post_init__(self):
@@ -87,10 +95,10 @@ class Strategy(_Named):
         _check(self)
 
 # %% ../nbs/41_strategies.ipynb #37655cca
-def _normal(strategy: Strategy) -> dict[str, object]:
+def _normal(strategy: Strategy) -> dict[str, Any]:
     "A region's name as fine-tuning there, no region where none is meant, candidates as a tuple."
     rates = strategy.learning_rate
-    values: dict[str, object] = {"learning_rate": tuple(rates) if isinstance(rates, list) else rates}
+    values: dict[str, Any] = {"learning_rate": tuple(rates) if isinstance(rates, list) else rates}
     if strategy.method in REGIONS:
         values |= {"method": "fine-tuning", "region": strategy.method}
     return values | ({"region": ""} if strategy.method in WHOLE else {})
@@ -161,7 +169,7 @@ def moving(net: nn.Module, strategy: Strategy) -> set[str]:
 
 # %% ../nbs/41_strategies.ipynb #55acc6cb
 @torch.no_grad()
-def recompute_norms(net: nn.Module, store: SliceStore, rows: Sequence[int], batch_size: int = 16, seed: int = 0,
+def recompute_norms(net: nn.Module, store: SliceStore, rows: Sequence[int] | np.ndarray, batch_size: int = 16, seed: int = 0,
                     device: str = "auto") -> None:
     "Replace batch-norm statistics of `net`, in place, by those over some `rows` of a store, in batches of mixed patients."
     net.to(choose_device(device), memory_format=torch.channels_last)
@@ -189,7 +197,7 @@ def inert_magnitudes(net: nn.Module, x: Tensor) -> list[str]:
     return [name for name, layer in wrapped.items() if any(layer is one for one in inert)]
 
 # %% ../nbs/41_strategies.ipynb #3e3421ba
-def training_notes(net: nn.Module, strategy: Strategy, x: Tensor) -> dict[str, object]:
+def training_notes(net: nn.Module, strategy: Strategy, x: Tensor) -> dict[str, Any]:
     "What a reader of a run should know about a prepared network: the norms' policy, and magnitudes that do nothing."
     notes: list[str] = []
     if strategy.is_adapter and (inert := inert_magnitudes(net, x)):

@@ -16,13 +16,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import (BaseModel, ConfigDict, Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag,
                       TypeAdapter, ValidationError)
 
 from .locks import one_writer
+
+if TYPE_CHECKING:
+    from sahlora.claims import Plan
+    from sahlora.cohort import Cohort
+    from sahlora.folds import Fold
+    from sahlora.strategies import Strategy
 
 # %% ../nbs/42_study.ipynb #f8b362ae
 def project_folder(start: str | Path | None = None) -> Path:
@@ -195,11 +201,11 @@ def nearest(word: object, known: Iterable[str]) -> str:
     return (difflib.get_close_matches(str(word), known, 1, 0) or known)[0]
 
 
-def _explain(error: dict[str, Any]) -> str:
+def _explain(error: Mapping[str, Any]) -> str:
     "One of pydantic's errors in plain words."
     where, value = ".".join(map(str, error["loc"])), error["input"]
     if error["type"] == "extra_forbidden":
-        part = next((_PARTS[word] for word in reversed(error["loc"][:-1]) if word in _PARTS), Study)
+        part: Any = next((_PARTS[word] for word in reversed(error["loc"][:-1]) if word in _PARTS), Study)
         keys = list(part.model_fields)
         return f"{where}: this key is unknown; did you mean {nearest(error['loc'][-1], keys)!r}? There are: {', '.join(keys)}"
     hint = ""
@@ -388,17 +394,17 @@ def describe_study(study: Study) -> str:
     return "\n\n".join([f"**{study.study}**: {study.title}", f"*{study.note.strip()}*", *lines])
 
 # %% ../nbs/42_study.ipynb #45df4675
-_PLAIN = {"int": int, "float": (int, float), "str": str, "bool": bool, "dict": dict, "list": list}
+_PLAIN: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool, "dict": dict, "list": list}
 
 
 def _assigned(cell: str) -> dict[str, tuple[str, Any]]:
     "name -> (annotation or '', value) of the assignments of literals in a cell."
     found = {}
     for node in ast.parse(cell).body:
-        if isinstance(node, ast.AnnAssign) and node.value is not None:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
             found[node.target.id] = (ast.unparse(node.annotation), ast.literal_eval(node.value))
-        elif isinstance(node, ast.Assign):
-            found[node.targets[0].id] = ("", ast.literal_eval(node.value))
+        elif isinstance(node, ast.Assign) and isinstance(name := node.targets[0], ast.Name):
+            found[name.id] = ("", ast.literal_eval(node.value))
     return found
 
 
@@ -430,7 +436,7 @@ def make_cohort(spec: "CohortSpec | dict[str, Any]", folder: str | Path) -> "Coh
 
     spec = TypeAdapter(CohortSpec).validate_python(spec)
     if isinstance(spec, PhantomSpec):
-        return make_phantom_cohort(folder, spec.kind, spec.cases, spec.seed, tuple(spec.grid))
+        return make_phantom_cohort(folder, spec.kind, spec.cases, spec.seed, (spec.grid[0], spec.grid[1]))
     if isinstance(spec, CtIchSpec):
         return import_ct_ich(_real_folder(spec.path), folder, spec.patients, spec.size)
     if isinstance(spec, PairsSpec):
@@ -442,8 +448,8 @@ def _import_pairs(spec: PairsSpec, folder: str | Path) -> "Cohort":
     "A user's scans as a cohort. Raises: ValueError that lists the scans that can not be used, FileNotFoundError."
     from sahlora.imports import import_cohort
 
-    names = {"blood": spec.blood, "labels": spec.labels, "patients": spec.patients and project_path(spec.patients)}
-    done = import_cohort("pairs", project_path(spec.path), folder, **names)
+    patients = spec.patients and project_path(spec.patients)
+    done = import_cohort("pairs", project_path(spec.path), folder, blood=spec.blood, labels=spec.labels, patients=patients)
     if done.skipped and not spec.skip_bad:
         lines = "\n  ".join(f"{case}: {why}" for case, why in done.skipped.items())
         raise ValueError(f"{spec.path}: {len(done.skipped)} scans can not be used; mend them, take them out, or write skip_bad: true\n  {lines}")

@@ -190,7 +190,7 @@ def agreement_table(results: Mapping[str, Any]) -> pd.DataFrame:
 # %% ../nbs/71_tables.ipynb #10fa6095
 def comparison_table(results: Mapping[str, Any], reference: str) -> pd.DataFrame:
     "Every strategy less `reference`: Hodges-Lehmann difference with interval, rank-biserial correlation, p, Holm's p."
-    family = next((one for one in results["comparisons"] if one["reference"] == reference), {"rows": []})
+    family: Mapping[str, Any] = next((one for one in results["comparisons"] if one["reference"] == reference), {"rows": []})
     return pd.DataFrame([{
         "strategy": title(results, row["strategy"]), "n": row["n"], "difference (95 % interval)": ranged(row, "difference"),
         "rank-biserial": number(row["rank_biserial"], 2), "p": chance(row["p"]), "p (Holm)": chance(row["p_holm"]),

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -85,7 +86,7 @@ def _check_training(how: Training) -> None:
         raise ValueError(f"average is a decay between 0 and 1, such as 0.99, not {how.average!r}")
 
 # %% ../nbs/40_training.ipynb #84215de0
-def make_training(values: Mapping[str, object]) -> Training:
+def make_training(values: Mapping[str, Any]) -> Training:
     "A Training from names and values, as a study file has them. Raises: ValueError for a name it does not have."
     known = [f.name for f in fields(Training)]
     if unknown := sorted(set(values) - set(known)):
@@ -95,7 +96,7 @@ def make_training(values: Mapping[str, object]) -> Training:
     return Training(**{**values, "augmentation": Augmentation(**how) if isinstance(how, Mapping) else how})
 
 
-def training_facts(how: Training) -> dict[str, object]:
+def training_facts(how: Training) -> dict[str, Any]:
     "What decides a training's result, for a checkpoint and run.json: everything but how many threads read ahead."
     return {key: value for key, value in asdict(how).items() if key != "workers"}
 
@@ -197,6 +198,9 @@ class _Loop:
             self._descend(k, loss)
         return value, dice.item()
 
+    def _descend(self, k: int, loss: Tensor) -> None:
+        raise NotImplementedError  # of the class below
+
 # %% ../nbs/40_training.ipynb #31808a8a
 class _Descent(_Loop):
     "What follows the loss."
@@ -211,7 +215,7 @@ class _Descent(_Loop):
             group["lr"] = learning_rate(self.how, k)
         self.optimizer.step()
         for name, mean in self.average.items():
-            mean.lerp_(self.trained[name].detach(), 1 - self.how.average)
+            mean.lerp_(self.trained[name].detach(), 1 - (self.how.average or 0))
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -277,7 +281,7 @@ class _Record:
         "Columns step and epoch (from 1), loss, dice, learning_rate, and validation where there is one."
         steps = np.arange(len(self.loss))
         table = pd.DataFrame({"step": steps + 1, "epoch": steps // per_epoch + 1, "loss": self.loss, "dice": self.dice,
-                              "learning_rate": [learning_rate(how, k) for k in steps]})
+                              "learning_rate": [learning_rate(how, k) for k in range(len(self.loss))]})
         if self.validation:
             ends = {per_epoch * (e + 1): dice for e, dice in enumerate(self.validation)}
             table["validation"] = table.step.map(ends)
@@ -311,7 +315,7 @@ class _Board:
     "TensorBoard's log of a training, or nothing."
 
     def __init__(self, folder: str | Path | None, label: str, done: int):
-        self.writer = None
+        self.writer: Any = None
         if folder is not None:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -373,7 +377,7 @@ def _finish(loop: _Descent, best: _Best) -> None:
 class _Bar(tqdm):
     "Progress that tells the loss and the Dice of the last steps, slices per second and the time left."
 
-    def __init__(self, *arguments: object, batch_size: int = 1, **options: object):
+    def __init__(self, *arguments: object, batch_size: int = 1, **options: Any):
         super().__init__(*arguments, file=sys.stdout, ncols=96, mininterval=2, unit=" slices", unit_scale=batch_size, **options)
 
 
@@ -460,12 +464,12 @@ def weights_hash(net: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def save_network(path: str | Path, net: nn.Module, **header: object) -> None:
+def save_network(path: str | Path, net: nn.Module, **header: Any) -> None:
     "Write weights and configuration of a network as one safetensors file, with `header` for whatever else is known."
     save_tensors(path, net.state_dict(), {"network": net.config, "weights": weights_hash(net), **header})
 
 
-def load_network(path: str | Path) -> tuple[nn.Module, dict[str, object]]:
+def load_network(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     "The network that `save_network` wrote, in evaluation mode, and its header. Raises: ValueError if damaged or foreign."
     tensors, header = load_tensors(path)
     if "network" not in header:
@@ -484,7 +488,7 @@ def median_pixel(cohort: Cohort) -> float | None:
 
 # %% ../nbs/40_training.ipynb #b06736cf
 @one_writer("out")
-def pretrain(cohort: Cohort, out: str | Path, network: Mapping[str, object], training: Mapping[str, object],
+def pretrain(cohort: Cohort, out: str | Path, network: Mapping[str, Any], training: Mapping[str, Any],
              quiet: bool = False, tensorboard: str | Path | None = None) -> pd.DataFrame:
     """Train a fresh `network` on a cohort; writes model.safetensors, history.csv, epochs.csv and run.json; the history.
 
@@ -498,7 +502,7 @@ def pretrain(cohort: Cohort, out: str | Path, network: Mapping[str, object], tra
     net, facts = build_network(network), {"network": dict(network), "training": training_facts(how), "data": store.folder.name}
     checkpoint = Checkpoint(out / "checkpoint.safetensors", facts)
     patients, held_out = inner_split(cohort.patients, how.seed) if how.patience is not None else (cohort.patients, None)
-    history = train(net, store, store.rows(patients), how, validation=held_out and store.rows(held_out), checkpoint=checkpoint,
+    history = train(net, store, store.rows(patients), how, validation=None if held_out is None else store.rows(held_out), checkpoint=checkpoint,
                     quiet=quiet, label="pre-training", tensorboard=tensorboard)
     write_csv(out / "history.csv", history)
     write_csv(out / "epochs.csv", by_epoch(history))

@@ -74,7 +74,7 @@ class _Folds:
     tensorboard: str | Path | None = None
     every: int = 200  # steps between checkpoints
 
-    def facts(self, number: int, fold: Fold) -> dict[str, object]:
+    def facts(self, number: int, fold: Fold) -> dict[str, Any]:
         "What decides a fold's result."
         return {"strategy": self.strategy.facts(), "fold": number, "split": object_hash(asdict(fold)),
                 "base": load_network(self.base)[1]["weights"], "data": self.store.folder.name}
@@ -128,10 +128,10 @@ def _try_rate(run: _Folds, rate: float, parts: tuple[list[str], list[str]], seed
     return dice_of_rows(net, run.store, run.store.rows(parts[1]))
 
 
-def _choose_rate(run: _Folds, number: int, patients: Sequence[str], seed: int, facts: Mapping[str, object]) -> dict[str, float | None]:
+def _choose_rate(run: _Folds, number: int, patients: Sequence[str], seed: int, facts: Mapping[str, Any]) -> dict[str, float | None]:
     "Inner-split Dice by candidate; kept in a file, so that none is tried twice. Raises: FloatingPointError if all fail."
     path, parts = run.folder / f"fold{number}.rates.json", inner_split(patients, seed)
-    known = read_json(path) if path.exists() else {"facts": facts, "dice": {}}
+    known: dict[str, Any] = read_json(path) if path.exists() else {"facts": facts, "dice": {}}
     if lines := differences(known["facts"], facts):
         raise ValueError(f"{path}: belongs to another run: {'; '.join(lines)}. Run it as it was, or remove this file")
     for rate in rates(run.strategy):
@@ -157,7 +157,8 @@ def _save_fold(folder: Path, fold: int, net: nn.Module, strategy: Strategy, base
 
 def _score_fold(run: _Folds, net: nn.Module, number: int, fold: Fold) -> tuple[pd.DataFrame, dict[str, Tensor]]:
     "Scores with columns fold and role, and example slices."
-    parts, examples = [], {}
+    examples: dict[str, Tensor] = {}
+    parts = []
     for role, patients in (("test", fold.test), *((("fit", fold.train),) if fold.fit else ())):
         scores, slices = score_cohort(net, run.cohort.select(patients))
         parts.append(scores.assign(fold=number, role=role))
@@ -165,7 +166,7 @@ def _score_fold(run: _Folds, net: nn.Module, number: int, fold: Fold) -> tuple[p
     return pd.concat(parts), examples
 
 # %% ../nbs/41_transfer.ipynb #4cb77e47
-def _fold_done(run: _Folds, done: Path, facts: Mapping[str, object]) -> bool:
+def _fold_done(run: _Folds, done: Path, facts: Mapping[str, Any]) -> bool:
     "Whether a fold was done before. Raises: ValueError that names the difference when it belongs to another run."
     if not done.is_dir():
         return False
@@ -205,7 +206,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
 def _gather(done: Sequence[Path], out: Path) -> None:
     "Bring together what the folds trained and their examples."
-    examples = {}
+    examples: dict[str, Tensor] = {}
     for folder in done:
         examples |= load_tensors(folder / "examples.safetensors")[0]
         for path in (*folder.glob("adapter-*"), *folder.glob("weights-*")):
@@ -240,7 +241,7 @@ def _table(done: Sequence[Path], strategy: Strategy, study: str) -> pd.DataFrame
 # %% ../nbs/41_transfer.ipynb #927ac75f
 @one_writer("out")
 def cross_validate(base: str | Path, cohort: Cohort, strategy: Strategy, folds: Sequence[Fold], out: str | Path,
-                   study: str = "", facts: Mapping[str, object] | None = None, quiet: bool = False,
+                   study: str = "", facts: Mapping[str, Any] | None = None, quiet: bool = False,
                    tensorboard: str | Path | None = None, every: int = 200) -> pd.DataFrame:
     """Run every fold of `strategy` from the weights in `base`, write the run's files to `out`, return patients.csv.
 
@@ -266,7 +267,7 @@ def cross_validate(base: str | Path, cohort: Cohort, strategy: Strategy, folds: 
     return table
 
 # %% ../nbs/41_transfer.ipynb #15ad760a
-def _describe(run: _Folds, done: Sequence[Path], folds: Sequence[Fold]) -> dict[str, object]:
+def _describe(run: _Folds, done: Sequence[Path], folds: Sequence[Fold]) -> dict[str, Any]:
     "run.json but for the cost; prints flags and notes."
     net, header = load_network(run.base)
     trainable, outcomes = prepare(net, run.strategy), [read_json(folder / "outcome.json") for folder in done]

@@ -338,15 +338,17 @@ def forward_flops(net: nn.Module, height: int = 512, width: int = 512) -> int:
 # %% ../nbs/20_unet.ipynb #8847b93d
 _Point = tuple[float, float]
 _Boxes = dict[str, tuple[str, float, float]]  # module name: title, x, y
-_Layout = tuple[_Boxes, list[list[_Point]], list[_Point], list[tuple[str, float, float, str]]]
+_Label = tuple[str, float, float, str]  # words, x, y, alignment
+_Layout = tuple[_Boxes, list[list[_Point]], list[_Point], list[_Label]]
 _HALF_W, _HALF_H, _DOT = 0.39, 0.4, 0.1  # half a box and the radius of a concatenation, in grid steps
 
 
 def _place_multi_view(n: int) -> _Layout:
     "Boxes, arrows, concatenations and labels of a multi-view Unet of n levels."
-    boxes = {"first": ("M1", 0, 0), "bottom": ("M2", 1, 2 * n + 1), "last": ("M3", 2, 0)}
-    arrows = [[(0, -0.8), (0, -_HALF_H)], [(2, -_HALF_H), (2, -0.8)]]
-    joins, labels = [], []
+    boxes: _Boxes = {"first": ("M1", 0, 0), "bottom": ("M2", 1, 2 * n + 1), "last": ("M3", 2, 0)}
+    arrows: list[list[_Point]] = [[(0, -0.8), (0, -_HALF_H)], [(2, -_HALF_H), (2, -0.8)]]
+    joins: list[_Point] = []
+    labels: list[_Label] = []
     for i in range(n):
         y = 2 * i + 1  # the row of the skip, between two boxes
         boxes |= {f"downs.{i}.m1": ("M1", 0, y + 1), f"downs.{i}.m2": ("M2", 1, y)}
@@ -366,10 +368,10 @@ def _place_multi_view(n: int) -> _Layout:
 def _place_unet(n: int) -> _Layout:
     "The same for a plain Unet of n levels; its concatenations are labels on the skips."
     step = 1.5
-    boxes = {"bottom": ("2 conv", 1, n * step), "last": ("1×1 conv", 2, -step)}
-    arrows = [[(0, -0.8), (0, -_HALF_H)], [(2, -_HALF_H), (2, _HALF_H - step)]]
+    boxes: _Boxes = {"bottom": ("2 conv", 1, n * step), "last": ("1×1 conv", 2, -step)}
+    arrows: list[list[_Point]] = [[(0, -0.8), (0, -_HALF_H)], [(2, -_HALF_H), (2, _HALF_H - step)]]
     arrows += [[(2, -step - _HALF_H), (2, -step - 0.8)]]
-    labels = []
+    labels: list[_Label] = []
     for i in range(n):
         y = i * step
         boxes |= {f"downs.{i}": ("2 conv", 0, y), f"ups.{n - 1 - i}": ("up, 2 conv", 2, y)}
@@ -398,6 +400,7 @@ def _region_legend(net: nn.Module) -> list:
     "Legend entries: one per region, with its parameters, and one for modules in none but `all`."
     from matplotlib.patches import Patch
 
+    style: dict[str, dict[str, Any]]
     style = {**{r: {"facecolor": c, "edgecolor": "#808080", "linewidth": 0.6} for r, c in _FACES.items()},
              **{r: {"facecolor": "white", "edgecolor": c, "linewidth": 1.8} for r, c in _EDGES.items()}}
     return [Patch(label=f"{r}: {region_parameters(net, r):,}", **style[r]) for r in style]

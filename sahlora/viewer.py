@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -81,7 +81,8 @@ def scan_and_masks(scan: HeadCT | Prediction | np.ndarray,
     "What `view` was given, as a head CT and masks by name. Raises: TypeError; ValueError for a mask of another shape."
     own: dict[str, np.ndarray] = {}
     if isinstance(scan, Prediction):
-        scan, own = scan.ct, {"prediction": scan.mask}
+        own = {"prediction": scan.mask}
+        scan = scan.ct
     if isinstance(scan, np.ndarray) and scan.ndim == 3:
         scan = HeadCT(scan, np.diag([-1.0, -1.0, 1.0, 1.0]), "an array")
     if not isinstance(scan, HeadCT):
@@ -158,7 +159,7 @@ class SliceView(_Looked):
         names = ", ".join(word for word, _ in mask_words(self.ct, self.masks)) or "no mask"
         return f"SliceView({self.ct.hu.shape[2]} slices, {names})"
 
-    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, object]:
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, Any]:
         still = {"text/plain": repr(self), "image/png": base64.b64encode(self.sheet()).decode()}
         live = is_live() if self.static is None else not self.static
         return {**slider(self)._repr_mimebundle_(), **still} if live else still

@@ -35,12 +35,14 @@ _all_ = [
 
 # %% ../../nbs/30_adapters.ipynb #5ab3957b
 def load_methods(paths: str) -> list[Path]:
-    "Run files of Python that register methods, named as PATH names folders; their whole paths. Raises: FileNotFoundError."
+    "Run files of Python that register methods, named as PATH names folders; their whole paths. Raises: FileNotFoundError, ValueError."
     files = [Path(path).resolve() for path in paths.split(os.pathsep) if path]
     for path in files:
         if not path.is_file():
             raise FileNotFoundError(f"SAHLORA_METHODS: {path}: no such file; name Python files that register methods")
         spec = spec_from_file_location(f"sahlora_methods_{path.stem}", path)
+        if spec is None or spec.loader is None:
+            raise ValueError(f"SAHLORA_METHODS: {path}: not a file of Python; its name must end in .py")
         sys.modules[spec.name] = module = module_from_spec(spec)
         spec.loader.exec_module(module)
     return files

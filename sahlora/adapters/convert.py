@@ -14,6 +14,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ def as_convlora(name: str, adapter: Adapter) -> tuple[Tensor, Tensor]:
     raise ValueError(f"{name!r}: {adapter.config.method} is not of PEFT's form; compress(net, rank) makes it CP first")
 
 # %% ../../nbs/38_adapters.convert.ipynb #1c3d44f3
-def _settings(config: Config, layers: Mapping[str, Adapter], dora: bool) -> dict[str, object]:
+def _settings(config: Config, layers: Mapping[str, Adapter], dora: bool) -> dict[str, Any]:
     "PEFT's configuration: common rank and alpha, exceptions by layer."
     rank = Counter(adapter.rank for adapter in layers.values()).most_common(1)[0][0]
     others = {f"^{re.escape(n)}$": a.rank for n, a in layers.items() if a.rank != rank}
@@ -74,7 +75,7 @@ def to_peft(net: nn.Module, folder: str | Path, name: str | None = None) -> Path
         raise ValueError("the adapter trains biases, for which PEFT's LoRA of a convolution has no place here")
     if extra := [n for n, (_, part) in parts.items() if isinstance(part, Extras)]:
         raise ValueError(f"the adapter also holds tensors of {extra[0]!r}, for which PEFT's format has no place here")
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for n, (conv, part) in parts.items():
         if not n:
             raise ValueError("PEFT's format knows layers by name: put this one in an nn.Sequential, then adapt that")
@@ -95,12 +96,13 @@ def to_peft(net: nn.Module, folder: str | Path, name: str | None = None) -> Path
 _KEY = re.compile(r"base_model\.model\.(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?$")
 
 
-def _read_peft(folder: Path) -> tuple[dict[str, object], dict[str, dict[str, Tensor]]]:
+def _read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     "Configuration and, by layer, tensors of a PEFT folder. Raises: FileNotFoundError, ValueError."
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    config, layers = read_json(folder / "adapter_config.json"), {}
+    config = read_json(folder / "adapter_config.json")
+    layers: dict[str, dict[str, Tensor]] = {}
     unknown = [key for key in ("modules_to_save", "lora_bias", "use_qalora", "layer_replication") if config.get(key)]
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unknown:
         what = unknown[0] if unknown else f"peft_type={config.get('peft_type')!r}, bias={config.get('bias')!r}"
@@ -116,7 +118,7 @@ def _read_peft(folder: Path) -> tuple[dict[str, object], dict[str, dict[str, Ten
     return config, layers
 
 
-def _pattern(patterns: Mapping[str, int] | None, name: str, default: float) -> float:
+def _pattern(patterns: Mapping[str, int] | None, name: str, default: float | None) -> float | None:
     "PEFT's exception for a layer: the first key that matches the end of its name."
     return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
@@ -156,7 +158,7 @@ def from_peft(net: nn.Module, folder: str | Path, name: str = "default") -> Summ
     check_config(config)
     if not layers:
         raise ValueError(f"{folder}: adapter_model.safetensors holds no layer; save the adapter again")
-    parts = {}
+    parts: dict[str, Part] = {}
     for layer, tensors in layers.items():
         rank = tensors["lora_A"].shape[0] if "lora_A" in tensors else 1
         alpha = _pattern(settings.get("alpha_pattern"), layer, settings.get("lora_alpha"))
@@ -194,8 +196,8 @@ def cp_project(D: Tensor, rank: int) -> tuple[list[Tensor], float]:
         return [torch.zeros(n, rank, dtype=D.dtype, device=D.device) for n in D.shape], 0.0
     unit, guess = (dense / dense.norm()).contiguous(), _first_guess(dense, rank)
     with tensorly.backend_context("numpy"):  # the tiny ridge keeps over-complete ranks solvable
-        guess = None, [f.numpy() for f in guess]
-        weights, found = parafac(unit.numpy(), rank, n_iter_max=200, init=guess, l2_reg=1e-12)
+        start = None, [f.numpy() for f in guess]
+        weights, found = parafac(unit.numpy(), rank, n_iter_max=200, init=start, l2_reg=1e-12)
     factors = [torch.from_numpy(f) for f in found]
     factors[0] = factors[0] * torch.from_numpy(weights) * dense.norm()
     sizes = torch.stack([f.norm(dim=0) for f in factors])
@@ -239,9 +241,9 @@ def compress(net_or_delta: nn.Module | Tensor, rank: int | Mapping[str, int], na
     the same magnitudes), switched on, beside the one it was made from. Raises: ValueError, RuntimeError, TypeError.
     """
     if isinstance(net_or_delta, Tensor):
-        factors, error = cp_project(net_or_delta, rank)
-        counts = net_or_delta.numel(), sum(f.numel() for f in factors)
-        return Compression({"delta": error}, error, counts, {"delta": factors})
+        near, error = cp_project(net_or_delta, check_rank(rank))
+        counts = net_or_delta.numel(), sum(f.numel() for f in near)
+        return Compression({"delta": error}, error, counts, {"delta": near})
     net, source = net_or_delta, require(net_or_delta)
     refuse_merged(net, "compressing an adapter")
     if name in adapters(net):
@@ -252,7 +254,8 @@ def compress(net_or_delta: nn.Module | Tensor, rank: int | Mapping[str, int], na
     parts: dict[str, Part] = deepcopy({n: part for n, (_, part) in found.items() if n not in layers})
     for part in parts.values():
         part.config = config
-    wanted, errors, norms, factors = ranks(net, layers, rank), {}, {}, {}
+    wanted, errors, norms = ranks(net, layers, rank), dict[str, float](), dict[str, float]()
+    factors: dict[str, list[Tensor]] = {}
     for n, (module, part) in layers.items():
         factors[n], errors[n], norms[n] = _project(n, part, wanted[n])
         parts[n] = _cp_adapter(module, part, factors[n], config)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod, sqrt
 from numbers import Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,11 +43,11 @@ class Delta:
     choices: Mapping[str, tuple[object, ...]] = {}  # options and their values; the first is the default
     chains: bool = False  # whether `chain` is there too
 
-    def shapes(self, view: Shape, rank: int, **options: object) -> dict[str, Shape]:
+    def shapes(self, view: Shape, rank: int, **options: Any) -> dict[str, Shape]:
         "Shapes of the factors for a weight of shape `view`; the zero factor's last axis is the rank."
         raise NotImplementedError
 
-    def build(self, f: Mapping[str, Tensor], view: Shape, **options: object) -> Tensor:
+    def build(self, f: Mapping[str, Tensor], view: Shape, **options: Any) -> Tensor:
         "The update, unscaled, in the shape `view`."
         raise NotImplementedError
 
@@ -54,7 +55,7 @@ class Delta:
         "The update's part of the output, by small convolutions in a row; linear in the zero factor."
         raise NotImplementedError
 
-    def full_rank(self, view: Shape, **options: object) -> int:
+    def full_rank(self, view: Shape, **options: Any) -> int:
         "The rank that already reaches every update of this shape, or a bound on it."
         return min(view[0], prod(view[1:]))
 
@@ -74,7 +75,7 @@ class Wrapper:
         "Extra parameters at the start, from the base weight in the shape `(O, I/groups, k...)`."
         raise NotImplementedError
 
-    def weight(self, V: Tensor, f: Mapping[str, Tensor], **options: object) -> Tensor:
+    def weight(self, V: Tensor, f: Mapping[str, Tensor], **options: Any) -> Tensor:
         "The final weight from `V`, base plus update, in the shape `(O, I/groups, k...)`."
         raise NotImplementedError
 
@@ -106,7 +107,10 @@ def register(part: Delta | Wrapper) -> None:
     "Make a delta, or a wrapper over every delta, a method by name. Raises: ValueError if it has no name."
     if not part.name:
         raise ValueError(f"{type(part).__name__} needs a name before it can be registered")
-    (_DELTAS if isinstance(part, Delta) else _WRAPPERS)[part.name] = part
+    if isinstance(part, Delta):
+        _DELTAS[part.name] = part
+    else:
+        _WRAPPERS[part.name] = part
     METHODS.clear()
     METHODS.update({name: Method(delta) for name, delta in _DELTAS.items()})
     for wrapper in _WRAPPERS.values():
@@ -126,7 +130,7 @@ class Config:
     execution: str = "weight"
     bias: bool = False
     where: str = "every convolution"
-    options: dict[str, object] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for key in ("alpha", "dropout"):  # numpy's numbers as plain ones, which a file can hold
@@ -139,7 +143,7 @@ class Config:
         alpha = rank if self.alpha is None else self.alpha
         return alpha / (rank if self.scaling == "lora" else sqrt(rank))
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         "Plain values, as a file's header holds them; `Config(**values)` is the way back."
         return asdict(self)
 
@@ -302,6 +306,10 @@ class Record:
     base: dict[str, Tensor] | None = None
     mode: bool = True  # for a norm: the mode the network asked for
 
+    def part(self, name: str | None) -> Part | None:
+        "The module's part of an adapter, if it has one."
+        return None if name is None else self.parts.get(name)
+
 
 class Adapted:
     "In front of a touched module's class; pickles as (mixin, base class, state), so that generated classes travel."
@@ -311,14 +319,14 @@ class Adapted:
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         return _blank, type(self).__bases__, self.__getstate__()
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         "An adapter's own copy of a tensor, where it has one, hides the base's."
         part = self.__dict__["_modules"].get("adapter")
         if isinstance(part, Part) and self._sahlora.base is None and (name == "bias" or not isinstance(part, Adapter)):
             for own in (part._parameters, part._buffers):
                 if name in own:
                     return own[name]
-        return super().__getattr__(name)
+        return super().__getattr__(name)  # type: ignore[misc]  # of the class behind
 
 # %% ../../nbs/30_adapters.core.ipynb #cb50ad53
 _CLASSES: dict[tuple[type, type], type] = {}
@@ -332,7 +340,7 @@ def adapted_class(mixin: type, base: type) -> type:
 
 
 def _blank(mixin: type, base: type) -> object:
-    cls = adapted_class(mixin, base)
+    cls: Any = adapted_class(mixin, base)
     return cls.__new__(cls)
 
 # %% ../../nbs/30_adapters.core.ipynb #1944a583

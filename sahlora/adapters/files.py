@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,21 +69,21 @@ def _version() -> str:
         return "unknown"
 
 
-def checksum(header: Mapping[str, object], tensors: Mapping[str, Tensor]) -> str:
+def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     "SHA-256 of a header (without its own checksum) and of tensors, as 64 hex digits."
     rest = {key: value for key, value in header.items() if key != "checksum"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256((text + tensor_hash(tensors)).encode()).hexdigest()
 
 
-def _plain(metadata: Mapping[str, object]) -> dict[str, object]:
+def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return json.loads(json.dumps(dict(metadata), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise type(error)(f"metadata must be plain JSON values: {error}") from error
 
 # %% ../../nbs/37_adapters.files.ipynb #02d1fd5f
-def _entry(module: nn.Module, part: Part) -> dict[str, object]:
+def _entry(module: nn.Module, part: Part) -> dict[str, Any]:
     "What the header says about one module's part of an adapter."
     kind = type(module).__name__.removeprefix("Adapted")
     shapes = {key: list(value.shape) for key, value in _tensors(part).items()}
@@ -92,7 +93,7 @@ def _entry(module: nn.Module, part: Part) -> dict[str, object]:
 
 
 def save_adapter(
-    net: nn.Module, path: str | Path, name: str | None = None, metadata: Mapping[str, object] | None = None
+    net: nn.Module, path: str | Path, name: str | None = None, metadata: Mapping[str, Any] | None = None
 ) -> Path:  # fmt: skip
     """Write one adapter (default: the active one) to a safetensors file, whole or not at all; returns its path.
 
@@ -115,7 +116,7 @@ def save_adapter(
     return Path(path)
 
 # %% ../../nbs/37_adapters.files.ipynb #9b951124
-def read_adapter(path: str | Path) -> tuple[dict[str, object], dict[str, Tensor]]:
+def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     "Header and tensors of an adapter file, checked. Raises: FileNotFoundError; ValueError if damaged or foreign."
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")

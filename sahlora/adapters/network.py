@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +52,9 @@ class FrozenNorm(Adapted):
     def train(self, mode: bool = True) -> nn.Module:
         record = self._sahlora
         record.mode = mode
-        part = record.parts.get(record.active) if record.base is None else None
-        return super().train(mode and part is not None and bool(part._buffers))
+        part = record.part(record.active) if record.base is None else None
+        held = mode and part is not None and bool(part._buffers)
+        return super().train(held)  # type: ignore[misc]  # of the class behind
 
 
 def tracks(module: nn.Module) -> bool:
@@ -94,7 +96,8 @@ def plan_extras(net: nn.Module, config: Config, full: Iterable[str], scope: Iter
 # %% ../../nbs/36_adapters.network.ipynb #341623b4
 def make_extras(net: nn.Module, config: Config, wanted: Mapping[str, tuple[list[str], list[str]]]) -> dict[str, Extras]:
     "Copies of the wanted parameters and buffers by module name; what these share stays one. Raises: ValueError."
-    modules, copies, parts = base_modules(net), {}, {}
+    modules, parts = base_modules(net), {}
+    copies: dict[int, nn.Parameter] = {}
     for name, (keys, stats) in wanted.items():
         check_room(name, modules[name])
         parts[name] = Extras(modules[name], config, keys, stats, copies)
@@ -167,7 +170,7 @@ def refuse_merged(net: nn.Module, doing: str) -> None:
 
 def parts_of(net: nn.Module, name: str) -> dict[str, tuple[nn.Module, Part]]:
     "Modules that the adapter `name` has a part in, with their parts, on the device and in the dtype of the network."
-    found = {n: (m, record.parts[name]) for n, m, record in records(net) if record.parts.get(name) is not None}
+    found = {n: (m, part) for n, m, record in records(net) if (part := record.part(name)) is not None}
     for module, part in found.values():
         follow(module, part)
     return found
@@ -179,7 +182,7 @@ def adapted_layers(net: nn.Module, name: str | None = None) -> dict[str, nn.Modu
     Raises: RuntimeError, ValueError as `active_adapter` and `require` do.
     """
     name = active_adapter(net) if name is None else require(net, name)
-    return {n: m for n, m, record in records(net) if isinstance(record.parts.get(name), Adapter)}
+    return {n: m for n, m, record in records(net) if isinstance(record.part(name), Adapter)}
 
 # %% ../../nbs/36_adapters.network.ipynb #fb1e5097
 def shared_config(parts: Mapping[str, tuple[nn.Module, Part]]) -> Config:
@@ -198,7 +201,7 @@ def shared_config(parts: Mapping[str, tuple[nn.Module, Part]]) -> Config:
 # %% ../../nbs/36_adapters.network.ipynb #c2f06963
 def _switch(module: nn.Module, record: Record, name: str | None) -> None:
     "Make `name`, or nothing, the active adapter of one module."
-    old, new = record.parts.get(record.active), record.parts.get(name)
+    old, new = record.part(record.active), record.part(name)
     record.active = name
     if new is not None:
         follow(module, new)
@@ -239,12 +242,13 @@ def deactivate(net: nn.Module) -> None:
 # %% ../../nbs/36_adapters.network.ipynb #38ecaf64
 def _final(module: nn.Module, part: Part, copies: dict[int, nn.Parameter]) -> dict[str, Tensor]:
     "Tensors that a module holds once its part is merged in; without dropout."
+    final: dict[str, Tensor]
     if isinstance(part, Adapter):
         final = {"weight": adapted_weight(part, module._parameters["weight"])}
         if "bias" in part._parameters:
             final["bias"] = part._parameters["bias"]
         return {key: nn.Parameter(value.detach().clone(), requires_grad=False) for key, value in final.items()}
-    final: dict[str, Tensor] = {key: b.clone() for key, b in part._buffers.items()}
+    final = {key: b.clone() for key, b in part._buffers.items()}
     for key, p in part._parameters.items():
         final[key] = copies.setdefault(id(p), nn.Parameter(p.detach().clone(), requires_grad=False))
     return final
@@ -276,11 +280,11 @@ def merge(net: nn.Module) -> None:
 @torch.no_grad()
 def _merge(net: nn.Module) -> None:
     "Merge every module whose part is on and not merged yet."
-    found = [(module, record) for module, record in touched(net) if record.base is None]
-    found = [(module, record) for module, record in found if record.parts.get(record.active) is not None]
+    waiting = [(module, record, record.part(record.active)) for module, record in touched(net) if record.base is None]
+    found = [(module, record, part) for module, record, part in waiting if part is not None]
     copies: dict[int, nn.Parameter] = {}
-    final = [_final(module, record.parts[record.active], copies) for module, record in found]
-    for (module, record), tensors in zip(found, final, strict=True):
+    final = [_final(module, part, copies) for module, _, part in found]
+    for (module, record, _), tensors in zip(found, final, strict=True):
         _merge_in(module, record, tensors)
 
 # %% ../../nbs/36_adapters.network.ipynb #b231e6b3
@@ -295,8 +299,9 @@ def unmerge(net: nn.Module) -> None:
 
 def _unmerge(module: nn.Module, record: Record) -> dict[str, Tensor]:
     "One module's base tensors back in place; returns the merged ones."
-    merged = _put(module, record.base)
-    for key, value in record.base.items():
+    base = record.base or {}
+    merged = _put(module, base)
+    for key, value in base.items():
         _convert(value, merged[key])  # the network may have moved while merged
     record.base = None
     _switch(module, record, record.active)
@@ -366,7 +371,7 @@ def install(net: nn.Module, name: str, parts: Mapping[str, Part]) -> None:
 def adapt(
     net: nn.Module, method: str, rank: int | Mapping[str, int] = 8, alpha: float | None = None, where: Where = None,
     *, name: str = "default", scaling: str = "lora", dropout: float = 0.0, batchnorm: str = "frozen",
-    execution: str = "weight", bias: bool = False, modules_to_train: str | Sequence[str] = (), **options: object,
+    execution: str = "weight", bias: bool = False, modules_to_train: str | Sequence[str] = (), **options: Any,
 ) -> "Summary":  # fmt: skip
     """Put an adapter on convolutions of `net`, in place, freeze the rest, and switch it on; returns a summary.
 
@@ -510,7 +515,8 @@ def _sizes(module: nn.Module) -> dict[int, int]:
 def summary(net: nn.Module, name: str | None = None) -> Summary:
     "Table of an adapter, by default the active one. Raises: RuntimeError, ValueError if there is none."
     name = require(net, name)
-    parts, base, seen = parts_of(net, name), {}, set()
+    parts, base = parts_of(net, name), dict[int, int]()
+    seen: set[int] = set()
     for _, module, _ in records(net):
         base |= _sizes(module)
     method = ", ".join(dict.fromkeys(part.config.method for _, part in parts.values()))

@@ -58,8 +58,8 @@ def matching(net: nn.Module, pattern: str, what: str = "where") -> list[str]:
     regions = regions_of(net)
     if pattern not in regions:
         return _called(net, pattern, what, regions)
-    parts = [regions[pattern]] if isinstance(regions[pattern], str) else regions[pattern]
-    return [name for part in parts for name in _called(net, part, f"region {pattern!r}")]
+    region = regions[pattern]
+    return [name for part in ([region] if isinstance(region, str) else region) for name in _called(net, part, f"region {pattern!r}")]
 
 
 def _called(net: nn.Module, pattern: str, what: str, regions: Iterable[str] = ()) -> list[str]:
@@ -159,7 +159,7 @@ def check_conv(name: str, conv: nn.Module) -> None:
         raise TypeError(f"{name!r}: a weight of type {W.dtype} can not be adapted; convert it to a floating type")
 
 # %% ../../nbs/35_adapters.select.ipynb #2adceefb
-def check_rank(rank: int) -> int:
+def check_rank(rank: object) -> int:
     "The rank as a plain int. Raises: ValueError, TypeError."
     if isinstance(rank, bool) or not isinstance(rank, Integral):
         raise TypeError(f"rank={rank!r}: a rank is a whole number")
@@ -175,7 +175,8 @@ def ranks(net: nn.Module, convs: Iterable[str], rank: int | Mapping[str, int]) -
     """
     rules = {p: check_rank(r) for p, r in (rank if isinstance(rank, Mapping) else {"": rank}).items()}
     parents = {p: matching(net, p) if p in regions_of(net) else [p] for p in rules}
-    modules, found = base_modules(net, every=True), {}
+    modules = base_modules(net, every=True)
+    found: dict[str, str | None] = {}
     for conv in convs:
         names = [name for name, m in modules.items() if m is modules[conv]]
         fits = (p for p in rules for name in names if inside(name, parents[p]) or fnmatchcase(name, p))
@@ -184,4 +185,4 @@ def ranks(net: nn.Module, convs: Iterable[str], rank: int | Mapping[str, int]) -
         raise ValueError(f"no rank for {', '.join(map(repr, missing))}; add '*' for the rest")
     if unused := [p for p in rules if p not in found.values()]:
         raise ValueError(f"rank pattern {unused[0]!r} decides no layer; adapted are {nearest(unused[0], found)}")
-    return {n: rules[rule] for n, rule in found.items()}
+    return {n: rules[rule] for n, rule in found.items() if rule is not None}

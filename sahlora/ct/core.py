@@ -10,6 +10,7 @@ __all__ = ['to_lps', 'from_lps', 'tolerance', 'even_stacks', 'stack_spacing', 'f
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -105,7 +106,8 @@ class _Placed:
     @property
     def spacing(self) -> tuple[float, float, float]:
         "Length in mm of one step along each array axis (of the first stack; along the shear where tilted)."
-        return tuple(float(x) for x in np.linalg.norm(self.affine[:3, :3], axis=0))
+        x, y, z = map(float, np.linalg.norm(self.affine[:3, :3], axis=0))
+        return x, y, z
 
     @property
     def tilt(self) -> float:
@@ -156,7 +158,7 @@ class HeadCT(_Measured):
     source: str = ""
     origins: np.ndarray | None = None
     thicknesses: np.ndarray | None = None
-    stored: object = field(default=None, repr=False)
+    stored: Any = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
 
     @cached_property

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from pydicom import Dataset
@@ -38,8 +38,8 @@ _all_ = ["list_series"]
 # %% ../../nbs/10_ct.dicom.ipynb #cfb1e087
 def _check_tags(headers: Sequence[Header], where: str) -> None:
     "Raises: ValueError that lists the tags that are missing, or hold what can not be, and their files."
-    missing = {keyword: [header for header in headers if keyword not in header.numbers] for keyword in NEEDED}
-    missing = [f"{keyword} in {some_of(lacking)}" for keyword, lacking in missing.items() if lacking]
+    lacks = {keyword: [header for header in headers if keyword not in header.numbers] for keyword in NEEDED}
+    missing = [f"{keyword} in {some_of(lacking)}" for keyword, lacking in lacks.items() if lacking]
     if missing:
         raise ValueError(f"{where}: tags missing or not readable: {'; '.join(missing)}; export the series again "
                          "with them")
@@ -112,7 +112,7 @@ def find_holes(positions: np.ndarray, thicknesses: np.ndarray) -> list[tuple[int
         narrow, wide = sorted(stack_spacing(positions, stack) for stack in pair)
         thick = [float(np.median(thicknesses[slice(*stack)])) for stack in pair]
         times = wide / narrow
-        if np.isclose(*thick, rtol=0.05) and times > 1.5 and abs(times - round(times)) < 0.1:
+        if np.isclose(thick[0], thick[1], rtol=0.05) and times > 1.5 and abs(times - round(times)) < 0.1:
             for k in range(pair[0][0], pair[1][1] - 1):
                 if steps[k] > narrow + tolerance(narrow):
                     holes[k] = (k, float(steps[k]), narrow)
@@ -292,7 +292,7 @@ def _stored_affine(slices: Sequence[Header]) -> np.ndarray:
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
 
 # %% ../../nbs/10_ct.dicom.ipynb #0a8fc3f2
-def _placed(block: np.ndarray, slices: Sequence[Header], positions: np.ndarray, where: str) -> dict[str, object]:
+def _placed(block: np.ndarray, slices: Sequence[Header], positions: np.ndarray, where: str) -> dict[str, Any]:
     "The fields of a HeadCT for HU (Z, rows, columns) as stored. Raises: ValueError when slices are moved in-plane."
     stored_affine = _stored_affine(slices)
     hu, affine, orientation = to_lps(block.transpose(2, 1, 0), stored_affine)
@@ -375,7 +375,8 @@ _FORMS = {"PatientBirthDate": r"\d{8}", "StudyDate": r"\d{8}", "StudyTime": r"\d
 def _source(file: File, stream: BinaryIO, header: Header) -> Dataset:
     "What a SEG repeats of one slice's header, made fit to be written. Raises: ValueError."
     tags = ["SOPClassUID", "Modality", *_COPIED]
-    read, source = parse_dicom(stream, file, stop_before_pixels=True, specific_tags=tags), Dataset()
+    read = parse_dicom(stream, file, stop_before_pixels=True, specific_tags=tags) or Dataset()
+    source = Dataset()
     for keyword in _COPIED:
         try:
             source[keyword] = read[keyword]
@@ -394,16 +395,19 @@ def _source(file: File, stream: BinaryIO, header: Header) -> Dataset:
     return source
 
 # %% ../../nbs/10_ct.dicom.ipynb #05aeedd9
-def _check_unchanged(ct: HeadCT, headers: Sequence[Header | None]) -> None:
-    "Raises: ValueError when files are not those that were read, or their UIDs can not be referred to."
+def _unchanged(ct: HeadCT, headers: Sequence[Header | None]) -> list[Header]:
+    "The headers. Raises: ValueError when files are not those that were read, or their UIDs can not be referred to."
+    known = []
     for header, instance, file in zip(headers, ct.stored.instances, ct.stored.files):
         if header is None or header.text["SOPInstanceUID"] != instance or not NEEDED.keys() <= header.numbers.keys():
             raise ValueError(f"{file}: has changed since it was read; read the scan again")
+        known.append(header)
     for keyword in ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID"):
-        values = [header.text[keyword] for header in headers]
+        values = [header.text[keyword] for header in known]
         if "" in values or len(set(values)) != (len(values) if keyword == "SOPInstanceUID" else 1):
             raise ValueError(f"{ct.source}: {keyword} is missing or not right in its slices, so that a DICOM SEG can "
                              "not refer to them; write NIfTI, or export the series again")
+    return known
 
 
 def _decimals(numbers: np.ndarray) -> list[DS]:
@@ -412,8 +416,7 @@ def _decimals(numbers: np.ndarray) -> list[DS]:
 
 def _sources(ct: HeadCT) -> list[Dataset]:
     "Headers of a scan's slices, from below to above, with one direction and frame of reference. Raises: ValueError."
-    headers = [read_header(file, stream) for file, stream in open_files(ct.stored.files)]
-    _check_unchanged(ct, headers)
+    headers = _unchanged(ct, [read_header(file, stream) for file, stream in open_files(ct.stored.files)])
     sources = [_source(file, stream, header) for (file, stream), header in zip(open_files(ct.stored.files), headers)]
     first = headers[0]
     frame = first.text["FrameOfReferenceUID"] or generate_uid(entropy_srcs=["frame", first.text["SeriesInstanceUID"]])
@@ -449,7 +452,7 @@ def _segmentation(sources: Sequence[Dataset], planes: np.ndarray, label: str) ->
     import highdicom as hd
 
     one, release = sources[0], version("sahlora")
-    content = [label, release, hashlib.sha256(planes).hexdigest(), *(source.SOPInstanceUID for source in sources)]
+    content = [label, release, hashlib.sha256(planes.tobytes()).hexdigest(), *(source.SOPInstanceUID for source in sources)]
     series, instance, dimensions = (generate_uid(entropy_srcs=[word, *content]) for word in ("series", "one", "axes"))
     dates = [str(one.get(f"{event}Date") or "") for event in ("Content", "Series", "Acquisition", "Study")]
     seg = hd.seg.Segmentation(
@@ -471,7 +474,8 @@ def _state_thickness(seg: Dataset, ct: HeadCT) -> None:
     "Write each slice's thickness (mm) into its frame; where it is not known, the length the slice owns."
     shared = seg.SharedFunctionalGroupsSequence[0]
     measures = shared.PixelMeasuresSequence[0]
-    thicknesses = np.where(np.isnan(ct.thicknesses), owned_mm(ct.positions).round(3), ct.thicknesses)
+    stated = np.asarray(ct.thicknesses, float)
+    thicknesses = np.where(np.isnan(stated), owned_mm(ct.positions).round(3), stated)
     own = dict(zip(ct.stored.instances, thicknesses))
     measures.SliceThickness = DS(float(thicknesses[0]), auto_format=True)
     if len(set(own.values())) == 1:

@@ -23,7 +23,7 @@ from functools import cached_property
 from io import BytesIO
 from lzma import LZMAError
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import numpy as np
@@ -134,7 +134,7 @@ def quiet_pydicom() -> Iterator[None]:
         logger.disabled = disabled
 
 # %% ../../nbs/10_ct.series.ipynb #858f06ee
-def parse_dicom(stream: BinaryIO, file: File, **options: object) -> Dataset | None:
+def parse_dicom(stream: BinaryIO, file: File, **options: Any) -> Dataset | None:
     "A file's dataset; None for what is not DICOM. Raises: ValueError that names a damaged file."
     start = stream.read(132)
     stream.seek(0)
@@ -252,7 +252,7 @@ def _off_axial(header: Header) -> float:
 
 
 def _plane(header: Header) -> str:
-    return ("sagittal", "coronal", "oblique")[int(np.argmax(np.abs(header.normal)))]
+    return ("sagittal", "coronal", "oblique")[int(np.argmax(np.abs(np.asarray(header.normal, float))))]
 
 # %% ../../nbs/10_ct.series.ipynb #b22990fb
 _SHARP_KERNEL = re.compile(r"bone|edge|lung|detail|^[bhjuq][a-z]{0,2}(5[5-9]|[6-9]\d)|^fc[358]\d|^(d|e|l|yd|ye)$", re.I)

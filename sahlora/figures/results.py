@@ -306,7 +306,7 @@ def volume_agreement(patients: pd.DataFrame, volumes: Sequence[Mapping[str, Any]
 # %% ../../nbs/70_figures.results.ipynb #82839561
 def _agreement(above: Axes, below: Axes, annotated: np.ndarray, predicted: np.ndarray, top: float, color: str) -> None:
     "The two plots of one strategy, mL."
-    points = {"marker": "o", "ls": "none", "ms": 3, "alpha": 0.6, "mec": "none", "color": color}
+    points: dict[str, Any] = {"marker": "o", "ls": "none", "ms": 3, "alpha": 0.6, "mec": "none", "color": color}
     _root(above, "x", top)
     _root(above, "y", top)
     _root(below, "x", top)

@@ -60,7 +60,7 @@ def make_case(
     kind = check_request(kind, seed, index, grid, slices)
     if tilt is not None and not -30 <= tilt <= 30:
         raise ValueError(f"tilt is {tilt!r} degrees; gantries tilt between -30 and 30")
-    return scan_head(make_head(kind, seed, index, tilt), kind, seed, index, tuple(grid), slices)
+    return scan_head(make_head(kind, seed, index, tilt), kind, seed, index, (grid[0], grid[1]), slices)
 
 # %% ../../nbs/11_phantom.ipynb #70be009a
 def case_key(kind: str, seed: int, index: int, grid: tuple[int, int] = (64, 80), slices: int = SLICES) -> str:

@@ -173,7 +173,8 @@ def clot_depth(inside: Inside, clot: Lesion | None) -> np.ndarray:
 
 def bleed_aneurysm(on: Canvas, inside: Inside, at: Frame, bleed: Bleed) -> dict[str, np.ndarray]:
     "Paint the blood of an aSAH case, denser near its source; returns the voxel fraction (packed) of each type."
-    clot, texture, found = clot_depth(inside, bleed.clot), inside.fields["texture"], {}
+    clot, texture = clot_depth(inside, bleed.clot), inside.fields["texture"]
+    found: dict[str, np.ndarray] = {}
     fields = {**inside.fields, "arrival": arrival(inside, bleed.site), "free": -clot}
     here = with_level(Inside(inside.p, inside.d, fields, inside.ins), at)
     depth, size = flood_depth(here, bleed.subarachnoid)

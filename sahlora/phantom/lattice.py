@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['KINDS', 'STEPS', 'FIELD_MM', 'SLICE_MM', 'SLICES', 'FINE', 'FINE_MM', 'FINE_ML', 'NOISES', 'Points', 'Vec',
            'CENTRE_MM', 'DRAWN_SLOPE', 'keep_figure', 'show', 'stream', 'quantile', 'Frame', 'frame', 'tilted_affine',
-           'bspline', 'smooth_noise', 'noise_fields', 'ellipsoid', 'capsule', 'distance', 'smooth_max', 'coverage',
-           'Patient', 'draw_patient', 'rotation', 'head_points', 'thick', 'resampling', 'regrid', 'drawn_share']
+           'bspline', 'smooth_noise', 'noise_fields', 'vec', 'each', 'ellipsoid', 'capsule', 'distance', 'smooth_max',
+           'coverage', 'Patient', 'draw_patient', 'rotation', 'head_points', 'thick', 'resampling', 'regrid',
+           'drawn_share']
 
 # %% ../../nbs/11_phantom.lattice.ipynb #13e4ef37
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 # %% ../../nbs/11_phantom.lattice.ipynb #5c48ad63
@@ -143,6 +144,18 @@ Points = tuple[np.ndarray, np.ndarray, np.ndarray]
 Vec = tuple[float, float, float]
 
 
+def vec(values: Iterable[float]) -> Vec:
+    "Three numbers of any kind as a Vec."
+    x, y, z = map(float, values)
+    return x, y, z
+
+
+def each(change: Callable[[np.ndarray], np.ndarray], p: Points) -> Points:
+    "The same done to all three coordinates."
+    x, y, z = map(change, p)
+    return x, y, z
+
+
 def ellipsoid(p: Points, centre: Vec, radii: Vec, bulge: float = 0.0) -> np.ndarray:
     "Depth (mm) below an ellipsoid's surface: k0 (1 - k0) / k1, first order at the surface; `bulge` makes it boxier."
     a, b, c = (((q - m) / r) ** 2 for q, m, r in zip(p, centre, radii))
@@ -202,8 +215,8 @@ def draw_patient(kind: str, seed: int, index: int) -> Patient:
     size = float(np.clip(g.normal(0.96, 0.02), 0.92, 1.0))
     ventricles = float(np.clip(0.75 + 0.6 * atrophy + g.normal(0, 0.1), 0.6, 1.6))
     skull_mm = float(np.clip(g.normal(6.8, 0.9), 5.2, 8.8))
-    pose = [float(np.clip(g.normal(0, sd), -2.2 * sd, 2.2 * sd)) for sd in (5, 2.5, 3)]
-    return Patient(size, atrophy, ventricles, skull_mm, *pose, tilt, float(np.clip(g.normal(0, 0.035), -0.08, 0.08)))
+    yaw, roll, pitch = (float(np.clip(g.normal(0, sd), -2.2 * sd, 2.2 * sd)) for sd in (5, 2.5, 3))
+    return Patient(size, atrophy, ventricles, skull_mm, yaw, roll, pitch, tilt, float(np.clip(g.normal(0, 0.035), -0.08, 0.08)))
 
 # %% ../../nbs/11_phantom.lattice.ipynb #7602a0d0
 CENTRE_MM = (0.0, 15.0, 22.0)  # the patient's point that the field of view is centred on

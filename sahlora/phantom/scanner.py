@@ -8,18 +8,19 @@ __all__ = ['Head', 'paint_inside', 'make_head', 'blurred', 'cupping', 'petrous_b
 
 # %% ../../nbs/11_phantom.scanner.ipynb #0e63e398
 from dataclasses import dataclass, field
+from typing import Any
 
 # %% ../../nbs/11_phantom.scanner.ipynb #982adbba
 import numpy as np
 from scipy import ndimage
 
-from .aneurysm import bleed_aneurysm, plan_bleed
+from .aneurysm import Bleed, bleed_aneurysm, plan_bleed
 from .brain import build_brain, fold_lattice, paint_brain, paint_vessels
 from .lattice import CENTRE_MM, FIELD_MM, FINE, FINE_ML, FINE_MM, SLICE_MM, SLICES
 from .lattice import Patient, drawn_share, draw_patient, frame, head_points, noise_fields, regrid
 from .lattice import stream, thick, tilted_affine
 from .skull import Canvas, cavity, paint_outside
-from .trauma import Inside, bleed_trauma, draw_blow, pack, plan_trauma, pushed
+from .trauma import Inside, Lesion, bleed_trauma, draw_blow, pack, plan_trauma, pushed
 
 # %% ../../nbs/11_phantom.scanner.ipynb #8ca2a941
 @dataclass
@@ -48,10 +49,10 @@ class Head:
 # %% ../../nbs/11_phantom.scanner.ipynb #63b1500f
 def paint_inside(on: Canvas, inside: Inside, kind: str, seed: int, index: int, who: Patient) -> tuple[Inside, dict]:
     "Paint brain and vessels; returns the fields that blood needs, and brain and plan of the bleed by name."
-    plan = plan_trauma(seed, index) if kind == "tbi" else plan_bleed(seed, index)
-    moved = pushed(inside.p, plan) if kind == "tbi" else inside.p
+    plan: list[Lesion] | Bleed = plan_trauma(seed, index) if kind == "tbi" else plan_bleed(seed, index)
+    moved = pushed(inside.p, plan) if isinstance(plan, list) else inside.p
     x_dura = inside.p[0] + np.float32(0.4) * (moved[0] - inside.p[0])
-    folds, swollen = fold_lattice(stream(kind, seed, index, "folds")), 0.0 if kind == "tbi" else plan.hydrocephalus
+    folds, swollen = fold_lattice(stream(kind, seed, index, "folds")), 0.0 if isinstance(plan, list) else plan.hydrocephalus
     brain = build_brain(moved, inside.d, who, folds, inside.fields, swollen, x_dura)
     paint_brain(on, moved, inside.d, who, brain, inside.fields)
     paint_vessels(on, moved, inside.d, who, brain, stream(kind, seed, index, "vessels"))
@@ -133,7 +134,7 @@ class PhantomCase:
     hu: np.ndarray = field(repr=False)
     blood: np.ndarray = field(repr=False)
     affine: np.ndarray = field(repr=False)
-    info: dict[str, object]
+    info: dict[str, Any]
 
     @property
     def name(self) -> str:
@@ -141,7 +142,7 @@ class PhantomCase:
         return f"{self.kind}-{self.index:04d}"
 
 # %% ../../nbs/11_phantom.scanner.ipynb #1810f8e9
-def case_info(head: Head, mask: np.ndarray, voxel_ml: float, sigma: float, offset: float) -> dict[str, object]:
+def case_info(head: Head, mask: np.ndarray, voxel_ml: float, sigma: float, offset: float) -> dict[str, Any]:
     "What is known of a case; millilitres by lesion from the head, of the mask from its voxels."
     return {
         "lesions": {k: round(float(f.sum()) * FINE_ML, 2) for k, f in head.lesions.items()},

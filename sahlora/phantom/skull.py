@@ -9,11 +9,12 @@ __all__ = ['LANDMARKS', 'MIDDLE', 'HU', 'TISSUES', 'fossae', 'floor_height', 'ca
 
 # %% ../../nbs/11_phantom.skull.ipynb #f3e55d4f
 from dataclasses import dataclass
+from typing import Any
 
 # %% ../../nbs/11_phantom.skull.ipynb #4337d0cf
 import numpy as np
 
-from .lattice import FINE, Frame, Patient, Points, Vec, capsule, coverage, distance
+from .lattice import FINE, Frame, Patient, Points, Vec, capsule, coverage, distance, each
 from .lattice import ellipsoid, smooth_max
 
 # %% ../../nbs/11_phantom.skull.ipynb #5654ea6b
@@ -54,7 +55,7 @@ LANDMARKS = {"coronal": ((0, -6, 92), (58, -32, 12)), "lambdoid": ((0, 88, 54), 
 MIDDLE: Vec = (0.0, 15.0, 20.0)
 
 
-def sutures(p: Points) -> dict[str, np.ndarray]:
+def sutures(p: Points | Vec) -> dict[str, Any]:
     "Signed distance (mm) to the suture planes: coronal and lambdoid, positive behind; sagittal, positive on the left."
     x, y, z = p
     found = {"sagittal": x}
@@ -225,7 +226,7 @@ def paint_outside(
     wall = wall_mm(p, who, noise)
     paint_shell(on, p, d, wall, noise, blow)
     low = slice(0, int(np.searchsorted(at.w, -2)))
-    part, q = Canvas(on.hu[low], on.tissue[low]), tuple(a[low] for a in p)
+    part, q = Canvas(on.hu[low], on.tissue[low]), each(lambda a: a[low], p)
     fields = {k: f[low] for k, f in noise.items()}
     paint_petrous(part, q, d[low], fields)
     paint_sphenoid(part, q, d[low], fields)

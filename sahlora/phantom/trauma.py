@@ -17,8 +17,8 @@ import numpy as np
 from scipy import ndimage
 
 from .brain import DURA_MM, Brain, callosum, posterior_fossa
-from .lattice import FINE, FINE_ML, FINE_MM, Points, Vec, distance, drawn_share, ellipsoid, quantile
-from .lattice import stream
+from .lattice import FINE, FINE_ML, FINE_MM, Points, Vec, distance, drawn_share, each, ellipsoid
+from .lattice import quantile, stream, vec
 from .skull import Canvas, sutures
 
 # %% ../../nbs/11_phantom.trauma.ipynb #c5972603
@@ -37,7 +37,7 @@ class Inside:
     def thin(self, step: int) -> "Inside":
         "Every `step`-th point."
         fields = {name: f[::step] for name, f in self.fields.items()}
-        return Inside(tuple(q[::step] for q in self.p), self.d[::step], fields, self.ins[::step])
+        return Inside(each(lambda q: q[::step], self.p), self.d[::step], fields, self.ins[::step])
 
     def spread(self, values: np.ndarray, fill: float = 0.0) -> np.ndarray:
         "Packed values back on the lattice."
@@ -49,7 +49,7 @@ class Inside:
 def pack(p: Points, d: np.ndarray, noise: dict[str, np.ndarray]) -> Inside:
     "The lattice's points less than 1 mm outside the cavity, or in it."
     ins = np.flatnonzero(d > -1)
-    return Inside(tuple(q.ravel()[ins] for q in p), d.ravel()[ins], {k: f.ravel()[ins] for k, f in noise.items()}, ins)
+    return Inside(each(lambda q: q.ravel()[ins], p), d.ravel()[ins], {k: f.ravel()[ins] for k, f in noise.items()}, ins)
 
 # %% ../../nbs/11_phantom.trauma.ipynb #c56c91fb
 Shape = Callable[[Inside, float], np.ndarray]  # depth of a shape of one size
@@ -102,7 +102,7 @@ CHECKED = ((64, 80), (80, 100), (96, 120), (112, 140), (192, 240))
 
 def disagreement(slices: np.ndarray) -> float:
     "Largest relative difference of the drawn volume on the CHECKED grids from that on the lattice's pixels."
-    true = max(np.count_nonzero(slices >= 0.5), 1)
+    true = max(int(np.count_nonzero(slices >= 0.5)), 1)
     pixels = [np.count_nonzero(drawn_share(slices, g) >= 0.5) * (FINE[1] * FINE[2] / (g[0] * g[1])) for g in CHECKED]
     return max(abs(n / true - 1) for n in pixels)
 
@@ -146,7 +146,7 @@ class Lesion:
 def outward(site: Vec) -> Vec:
     "Unit vector from the middle of the brain to a site."
     v = np.subtract(site, (0, 15, 18))
-    return tuple(float(c) for c in v / np.linalg.norm(v))
+    return vec(v / np.linalg.norm(v))
 
 # %% ../../nbs/11_phantom.trauma.ipynb #4c0f208a
 def room(inside: Inside, lesion: Lesion) -> np.ndarray:
@@ -165,7 +165,7 @@ def epidural(inside: Inside, lesion: Lesion, size: float) -> np.ndarray:
     "A biconvex lens `size` mm thick at the inner table; it crosses neither a suture nor the tentorium."
     foot = 6 + 1.6 * size
     radius = (foot**2 + size**2) / (2 * size)
-    centre = tuple(c + n * (radius - size) for c, n in zip(lesion.site, outward(lesion.site)))
+    centre = vec(c + n * (radius - size) for c, n in zip(lesion.site, outward(lesion.site)))
     ball = radius - distance(inside.p, centre) + 0.5 * inside.fields["rough"]
     return np.minimum(ball, np.minimum(room(inside, lesion), inside.fields["height"]))
 
@@ -201,7 +201,7 @@ def contusion(inside: Inside, lesion: Lesion, size: float) -> np.ndarray:
     f = inside.fields
     blob = size - distance(inside.p, lesion.site, (1, 1.2, 0.9))
     for offset, share in lesion.spots:
-        spot = tuple(c + size * o for c, o in zip(lesion.site, offset))
+        spot = vec(c + size * o for c, o in zip(lesion.site, offset))
         blob = np.maximum(blob, size * share - distance(inside.p, spot, (1, 1.15, 0.95)))
     ragged = blob + (0.26 * size + 0.8) * f["rough"] + 0.14 * size * f["wave"] + 0.4 * f["texture"]
     return np.minimum(ragged, np.minimum(inside.d - 2.2, lesion.side * f["mid"] - 1.5))
@@ -239,9 +239,9 @@ def lesion_depth(inside: Inside, lesion: Lesion) -> np.ndarray:
 def draw_blow(seed: int, index: int, lesions: Sequence[Lesion]) -> tuple[Vec, float] | None:
     "Where the head was hit (patient's mm, on the scalp) and how far the scalp swells (mm); None if it does not."
     g = stream("tbi", seed, index, "blow")
-    site, most, seen = g.uniform((20, -55, 20), (58, 70, 50)), float(g.uniform(4, 9)), g.random() < 0.6
+    drawn, most, seen = g.uniform((20, -55, 20), (58, 70, 50)), float(g.uniform(4, 9)), g.random() < 0.6
     side = int(g.choice((-1, 1)))
-    site = (side * site[0], site[1], site[2])
+    site = vec((side * drawn[0], drawn[1], drawn[2]))
     if lesions:
         main = lesions[0]
         site = main.site if main.type != "contusion" else (-main.site[0], 60.0, 30.0)
@@ -249,7 +249,7 @@ def draw_blow(seed: int, index: int, lesions: Sequence[Lesion]) -> tuple[Vec, fl
         return None
     centre, reach = np.array((0.0, 15.0, 18.0)), np.array((75.0, 92.0, 82.0))
     way = np.subtract(site, centre) / reach
-    return tuple(float(c) for c in centre + reach * way / np.linalg.norm(way)), most
+    return vec(centre + reach * way / np.linalg.norm(way)), most
 
 # %% ../../nbs/11_phantom.trauma.ipynb #251ab4f3
 def pushed(p: Points, lesions: Sequence[Lesion]) -> Points:
@@ -259,7 +259,7 @@ def pushed(p: Points, lesions: Sequence[Lesion]) -> Points:
         if lesion.type != "subarachnoid":
             amount = 0.8 * lesion.ml**0.5 * np.exp(-distance(p, lesion.site) ** 2 / (2 * 48.0**2))
             q = [a + amount * n for a, n in zip(q, outward(lesion.site))]
-    return tuple(q)
+    return q[0], q[1], q[2]
 
 # %% ../../nbs/11_phantom.trauma.ipynb #e8e2788d
 def margin(depth: np.ndarray, inside: Inside, most: float = 9.0) -> np.ndarray:
@@ -320,7 +320,7 @@ def draw_lesion(g: np.random.Generator, name: str, ml: float) -> Lesion:
     lesion = Lesion(name, float(min(ml, SHAPES[name][2])), side, (side * site[0], site[1], site[2]), hu)
     if name == "contusion":
         spots = zip(g.normal(0, (0.8, 1.0, 0.7), (5, 3)), g.uniform(0.3, 0.8, 5))
-        return replace(lesion, spots=tuple((tuple(map(float, o)), float(s)) for o, s in spots))
+        return replace(lesion, spots=tuple((vec(o), float(s)) for o, s in spots))
     if name == "subdural" and ml > 15:
         return replace(lesion, along=str(g.choice(("", "falx", "tentorium"), p=(0.4, 0.3, 0.3))))
     return lesion

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from torch import nn
@@ -38,7 +39,7 @@ from .sheet import CAUTION
 from ..training import load_network
 
 # %% ../../nbs/60_prediction.cases.ipynb #3f09c31b
-def load_model(path: str | Path, adapter: str | Path | None = None) -> tuple[nn.Module, dict[str, object]]:
+def load_model(path: str | Path, adapter: str | Path | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """The network in a model file, an adapter merged into it if one is named, and the model's header.
 
     Raises: FileNotFoundError; ValueError for a file that is damaged, no model, or of another base than the adapter's.
@@ -166,7 +167,7 @@ def _spacing_words(ct: HeadCT) -> str:
     return f"{ct.spacing[0]:.3g}x{ct.spacing[1]:.3g}x{stacks}"
 
 
-def case_row(name: str, source: str | Path, prediction: Prediction, notes: Sequence[str] = ()) -> dict[str, object]:
+def case_row(name: str, source: str | Path, prediction: Prediction, notes: Sequence[str] = ()) -> dict[str, Any]:
     "A case's line of cases.csv (columns: CASE_COLUMNS); volumes in mL, spacing in mm, tilt in degrees."
     p, ct = prediction, prediction.ct
     said = (*ct.notes, *p.notes, *notes)
@@ -179,7 +180,7 @@ def case_row(name: str, source: str | Path, prediction: Prediction, notes: Seque
     }
 
 
-def failed_row(name: str, source: str | Path, error: Exception) -> dict[str, object]:
+def failed_row(name: str, source: str | Path, error: Exception) -> dict[str, Any]:
     "The same for a case that could not be predicted: why, on one line."
     words = plain_words(error) if isinstance(error, OSError) else str(error)
     words = " ".join(words.split()) or type(error).__name__
@@ -214,7 +215,7 @@ class CaseOptions:
     precision: str = "auto"
     save_probabilities: bool = False
     dicom_seg: bool = False
-    read: Mapping[str, object] = field(default_factory=dict)
+    read: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         check_numbers(self.threshold, None)
@@ -259,14 +260,14 @@ class _Run:
     net: nn.Module
     spec: InputSpec
     options: CaseOptions
-    settings: dict[str, object]
+    settings: dict[str, Any]
     device: str
     batch: int | None
     out: Path
     alone: bool  # one case: its error is the run's
     progress: bool
-    facts: Mapping[str, Mapping[str, object]]  # what a cohort's table says of a case
-    rows: dict[str, dict[str, object]] = field(default_factory=dict)
+    facts: Mapping[str, Mapping[str, Any]]  # what a cohort's table says of a case
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def predict(self, name: str, source: Path) -> Prediction:
         "One case, read and predicted; remembers a batch size that memory had lowered."
@@ -279,7 +280,7 @@ class _Run:
         return p
 
 # %% ../../nbs/60_prediction.cases.ipynb #23597449
-def _run_case(run: _Run, name: str, source: Path) -> dict[str, object]:
+def _run_case(run: _Run, name: str, source: Path) -> dict[str, Any]:
     "Predict and write one case; its row. Raises: ValueError, OSError, MemoryError, and then nothing is left behind."
     scan, p = input_hash(source), run.predict(name, source)
     said = list(run.facts.get(name, {}).get("notes", ()))
@@ -315,14 +316,14 @@ def _check_place(out: Path, path: Path, cases: Mapping[str, Path]) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
 
 # %% ../../nbs/60_prediction.cases.ipynb #7fc0f1db
-def _differences(was: Mapping[str, object], now: Mapping[str, object]) -> str:
+def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     "What differs between two settings, in words."
     words = {key: f"another {key}" if key in ("model", "adapter") else f"{key} {was.get(key)} (now {now[key]})"
              for key in now if was.get(key) != now[key]}
     return ", ".join(words.values())
 
 
-def _check_finished(out: Path, finished: Mapping[str, dict], cases: Mapping[str, Path], settings: Mapping[str, object],
+def _check_finished(out: Path, finished: Mapping[str, dict], cases: Mapping[str, Path], settings: Mapping[str, Any],
                     overwrite: bool) -> None:
     "Raises: ValueError when finished cases are of another run, another scan, or not ours at all."
     for name in cases:
@@ -368,13 +369,13 @@ class CaseRun:
         return f"{self.table.to_html(index=False, na_rep='')}<p>{escape(CAUTION)}</p>"
 
 
-def _table(rows: Mapping[str, Mapping[str, object]]) -> pd.DataFrame:
+def _table(rows: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     "Rows as a table in the order of their names."
     table = pd.DataFrame([rows[name] for name in sorted(rows)], columns=list(CASE_COLUMNS))
     return table.astype({"slices": "Int64", "slices_with_blood": "Int64"})
 
 # %% ../../nbs/60_prediction.cases.ipynb #9497107d
-def _cohort_facts(path: Path) -> dict[str, dict[str, object]]:
+def _cohort_facts(path: Path) -> dict[str, dict[str, Any]]:
     "What a cohort's table says of its scans: how to read grey values, and whether millilitres mean anything."
     facts = {}
     for row in Cohort.read(path).table.itertuples() if (path / "cohort.csv").is_file() else ():
@@ -389,7 +390,7 @@ def _cohort_facts(path: Path) -> dict[str, dict[str, object]]:
     return facts
 
 
-def _settings(model: Path, adapter: Path | None, options: CaseOptions) -> dict[str, object]:
+def _settings(model: Path, adapter: Path | None, options: CaseOptions) -> dict[str, Any]:
     "What two runs must share to be one: hashes of model and adapter, and the options, as JSON gives them back."
     files = {"model": file_hash(model), "adapter": file_hash(adapter) if adapter else None}
     return json.loads(json.dumps({**files, **asdict(options)}))
@@ -408,7 +409,7 @@ def _run_all(run: _Run, todo: Mapping[str, Path]) -> None:
             write_csv(run.out / "cases.csv", _table(run.rows))
 
 
-def _record(run: _Run, header: Mapping[str, object], files: Mapping[str, Path | None]) -> dict[str, object]:
+def _record(run: _Run, header: Mapping[str, Any], files: Mapping[str, Path | None]) -> dict[str, Any]:
     "What run.json says from the start: model, adapter, options, device, precision."
     device, names = choose_device(run.device), {key: str(file) for key, file in files.items() if file}
     return {
@@ -420,7 +421,7 @@ def _record(run: _Run, header: Mapping[str, object], files: Mapping[str, Path | 
     }
 
 # %% ../../nbs/60_prediction.cases.ipynb #b9b4131f
-def _carry_out(run: _Run, cases: Mapping[str, Path], todo: Mapping[str, Path], record: dict[str, object]) -> CaseRun:
+def _carry_out(run: _Run, cases: Mapping[str, Path], todo: Mapping[str, Path], record: dict[str, Any]) -> CaseRun:
     "Everything that writes: the cases in `todo`, cases.csv, run.json (complete only at the end)."
     started = time.perf_counter()
     remove_leftovers(run.out)
@@ -440,7 +441,7 @@ def _carry_out(run: _Run, cases: Mapping[str, Path], todo: Mapping[str, Path], r
 def predict_cases(path: str | Path, model: str | Path, out: str | Path, *, adapter: str | Path | None = None,
                   save_probabilities: bool = False, tta: bool = False, threshold: float = 0.5, device: str = "auto",
                   batch: int | None = None, precision: str = "auto", dicom_seg: bool = False, overwrite: bool = False,
-                  progress: bool = True, **read_options: object) -> CaseRun:
+                  progress: bool = True, **read_options: Any) -> CaseRun:
     """Predict every scan in `path`: a folder each in `out`, cases.csv and run.json. `read_options`: as for `read_ct`.
 
     Raises: ValueError, OSError before anything is written; of a scan only when it is the only one. Cases that failed

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class InputSpec:
             raise ValueError("resample needs pixel_mm, the pixel to resample to")
 
     @classmethod
-    def from_header(cls, header: Mapping[str, object]) -> "InputSpec":
+    def from_header(cls, header: Mapping[str, Any]) -> "InputSpec":
         'What a model\'s header says under "input". Raises: ValueError when that is not understood.'
         said = header.get("input") or {}
         try:
@@ -193,7 +194,7 @@ def _all_slices(engine: _Engine, ct: HeadCT, spec: InputSpec, tta: bool, batch: 
             bar.update(len(some))
         elif (batch := min(batch, len(p) - k) // 2) < 1:
             raise MemoryError(f"{ct.source or 'scan'}: not enough memory on {engine.device.type} for one slice of "
-                              f"{p.shape[1]} x {p.shape[2]} pixels; close other programs, or choose another --device")
+                              f"{planes.shape[1]} x {planes.shape[2]} pixels; close other programs, or choose another --device")
     return p.transpose(2, 1, 0), batch
 
 # %% ../../nbs/60_prediction.scan.ipynb #0e4ecb2a
@@ -256,7 +257,7 @@ class Prediction(_Predicted):
         "What a user must look at before believing the numbers; none if all is well."
         return tuple(note.removeprefix("warning: ") for note in (*self.ct.notes, *self.notes) if note.startswith("warning: "))
 
-    def sheet(self, title: str = "", **options: object) -> Figure:
+    def sheet(self, title: str = "", **options: Any) -> Figure:
         "The overlay sheet with the volumes in its title; options as `overlay_sheet` takes them."
         name = title or Path(self.ct.source).name or "scan"
         return overlay_sheet(self.ct, self.mask, f"{name}: {self.hard_ml:.1f} mL of blood in {self.slices_with_blood} "
