@@ -6,7 +6,7 @@
 __all__ = ['PART', 'atomic_path', 'atomic_folder', 'remove_folder', 'remove_leftovers', 'write_json', 'read_json', 'write_csv',
            'file_hash', 'object_hash', 'save_tensors', 'load_tensors', 'check_writable', 'plain_words']
 
-# %% ../nbs/01_files.ipynb #aed97845
+# %% ../nbs/01_files.ipynb #aabd22c7
 import hashlib
 import json
 import os
@@ -73,7 +73,7 @@ def remove_leftovers(folder: str | Path) -> None:
     for left in sorted(Path(folder).rglob(f"{PART}*")):
         shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
-# %% ../nbs/01_files.ipynb #82c1ad8c
+# %% ../nbs/01_files.ipynb #dd1679ad
 def write_json(path: str | Path, content: object) -> None:
     """Write `content` as JSON with sorted keys, whole or not at all.
 
@@ -91,7 +91,7 @@ def read_json(path: str | Path) -> Any:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not valid JSON ({error}); make it again") from error
 
-# %% ../nbs/01_files.ipynb #224b7fb3
+# %% ../nbs/01_files.ipynb #215a9d71
 def write_csv(path: str | Path, table: "pd.DataFrame") -> None:
     "Write a table as CSV without its index, whole or not at all."
     with atomic_path(path) as temporary:
@@ -109,7 +109,7 @@ def object_hash(content: object) -> str:
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
-# %% ../nbs/01_files.ipynb #5b425565
+# %% ../nbs/01_files.ipynb #d15bef0d
 def save_tensors(path: str | Path, tensors: Mapping[str, "Tensor"], header: Mapping[str, Any]) -> None:
     "Write named tensors and a JSON header as one safetensors file, whole or not at all."
     from safetensors.torch import save_file

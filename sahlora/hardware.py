@@ -6,7 +6,7 @@
 __all__ = ['DEVICES', 'PRECISIONS', 'PACKAGES', 'choose_device', 'choose_precision', 'choose_threads', 'keep_memory', 'processor',
            'run_facts']
 
-# %% ../nbs/02_hardware.ipynb #ddecdedf
+# %% ../nbs/02_hardware.ipynb #c7d1ac52
 import ctypes
 import os
 import platform
@@ -72,7 +72,7 @@ def keep_memory() -> dict[str, int]:
                       if name not in os.environ and mallopt(number, value) == 1})
     return dict(_kept)
 
-# %% ../nbs/02_hardware.ipynb #d5953644
+# %% ../nbs/02_hardware.ipynb #1281773b
 PACKAGES = ("torch", "monai", "numpy", "nibabel")
 
 

@@ -13,6 +13,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import nbformat
 import pytest
 import render_site
 
@@ -111,6 +112,27 @@ def test_a_notebook_runs_in_jupyterlab_and_its_figures_are_seen(browser, lab, co
     picture.scroll_into_view_if_needed(timeout=60_000)
     assert picture.is_visible() and picture.evaluate("image => image.complete && image.naturalWidth > 200")
     seen(page, Path(notebook).stem)
+    page.close()
+
+
+def test_the_slice_viewer_moves(browser, lab, copy):
+    "The slider's arrow key shows the next slice, drawn by the kernel."
+    cells = ["from sahlora.ct import HeadCT\nfrom sahlora.phantom import make_case\nfrom sahlora.viewer import view",
+             "case = make_case('asah', 0, 0)\nview(HeadCT(case.hu, case.affine, 'phantom'), case.blood >= 0.5)"]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}  # else JupyterLab asks
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells], metadata=kernel)
+    nbformat.write(notebook, copy / "nbs" / "viewer_check.ipynb")
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    run_all(page, lab, "viewer_check.ipynb", copy)
+    image, number = page.locator(f"{PANEL} .widget-image").first, page.locator(f"{PANEL} .widget-readout").first
+    image.wait_for(timeout=60_000)
+    before, at = image.get_attribute("src"), int(number.inner_text())
+    page.locator(f"{PANEL} .widget-slider .noUi-handle").first.focus()
+    page.keyboard.press("ArrowRight")
+    sync_api.expect(image).not_to_have_attribute("src", before, timeout=30_000)
+    sync_api.expect(number).to_have_text(str(at + 1))
+    assert image.evaluate("image => image.naturalWidth > 200")
+    seen(page, "viewer")
     page.close()
 
 

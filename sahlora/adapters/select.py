@@ -43,7 +43,7 @@ def names_within(net: nn.Module, named: Iterable[str]) -> list[str]:
     chosen = {id(m) for name, m in base_modules(net, every=True).items() if inside(name, named)}
     return [name for name, m in base_modules(net).items() if id(m) in chosen]
 
-# %% ../../nbs/35_adapters.select.ipynb #d7e9bab8
+# %% ../../nbs/35_adapters.select.ipynb #8633dad3
 def regions_of(net: nn.Module) -> Mapping[str, Sequence[str]]:
     "The regions that the network names, if any."
     regions = getattr(net, "regions", None)
@@ -158,7 +158,7 @@ def check_conv(name: str, conv: nn.Module) -> None:
     if not W.is_floating_point():
         raise TypeError(f"{name!r}: a weight of type {W.dtype} can not be adapted; convert it to a floating type")
 
-# %% ../../nbs/35_adapters.select.ipynb #2adceefb
+# %% ../../nbs/35_adapters.select.ipynb #93751a42
 def check_rank(rank: object) -> int:
     "The rank as a plain int. Raises: ValueError, TypeError."
     if isinstance(rank, bool) or not isinstance(rank, Integral):

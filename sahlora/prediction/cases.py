@@ -6,7 +6,7 @@
 __all__ = ['NIFTI', 'DICOM', 'LOOKED_FOR', 'CASE_COLUMNS', 'load_model', 'find_cases', 'case_row', 'failed_row', 'whole_folder',
            'CaseOptions', 'input_hash', 'is_dicom_scan', 'CaseRun', 'predict_cases']
 
-# %% ../../nbs/60_prediction.cases.ipynb #f4d6ab9c
+# %% ../../nbs/60_prediction.cases.ipynb #1f780572
 import errno
 import inspect
 import json
@@ -38,7 +38,7 @@ from .scan import InputSpec, Prediction, check_numbers, predict_scan
 from .sheet import CAUTION
 from ..training import load_network
 
-# %% ../../nbs/60_prediction.cases.ipynb #3f09c31b
+# %% ../../nbs/60_prediction.cases.ipynb #acf0f251
 def load_model(path: str | Path, adapter: str | Path | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """The network in a model file, an adapter merged into it if one is named, and the model's header.
 
@@ -156,7 +156,7 @@ def find_cases(path: str | Path, skip: Sequence[str | Path] = ()) -> dict[str, P
         raise ValueError(f"{path}: no scan in it or below; looked for {LOOKED_FOR}")
     return _unique(found, path)
 
-# %% ../../nbs/60_prediction.cases.ipynb #2b5285ec
+# %% ../../nbs/60_prediction.cases.ipynb #74ea392c
 CASE_COLUMNS = ("case", "source", "status", "hard_ml", "soft_ml", "slices", "slices_with_blood", "largest_ml",
                 "spacing", "tilt", "seconds", "warnings", "error")
 
@@ -205,7 +205,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
 
-# %% ../../nbs/60_prediction.cases.ipynb #9d05ff20
+# %% ../../nbs/60_prediction.cases.ipynb #b5a9bbc5
 @dataclass(frozen=True)
 class CaseOptions:
     "How cases are predicted. `read`: what `read_ct` is told. Neither the device nor the batch is part of it."
@@ -252,7 +252,7 @@ def is_dicom_scan(ct: HeadCT) -> bool:
     "Whether a scan was read from DICOM."
     return ct.stored is not None and not isinstance(ct.stored, StoredNifti)
 
-# %% ../../nbs/60_prediction.cases.ipynb #148acbe2
+# %% ../../nbs/60_prediction.cases.ipynb #91f47999
 @dataclass
 class _Run:
     "A run over cases. `settings`: hashes and options, equal in all its cases; `rows`, `batch` change on the way."
@@ -279,7 +279,7 @@ class _Run:
             self.batch = p.batch
         return p
 
-# %% ../../nbs/60_prediction.cases.ipynb #23597449
+# %% ../../nbs/60_prediction.cases.ipynb #244165fa
 def _run_case(run: _Run, name: str, source: Path) -> dict[str, Any]:
     "Predict and write one case; its row. Raises: ValueError, OSError, MemoryError, and then nothing is left behind."
     scan, p = input_hash(source), run.predict(name, source)
@@ -315,7 +315,7 @@ def _check_place(out: Path, path: Path, cases: Mapping[str, Path]) -> None:
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
 
-# %% ../../nbs/60_prediction.cases.ipynb #7fc0f1db
+# %% ../../nbs/60_prediction.cases.ipynb #8902ab09
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     "What differs between two settings, in words."
     words = {key: f"another {key}" if key in ("model", "adapter") else f"{key} {was.get(key)} (now {now[key]})"
@@ -339,7 +339,7 @@ def _check_finished(out: Path, finished: Mapping[str, dict], cases: Mapping[str,
             raise ValueError(f"{out / name}: is the result of another scan ({record['row'].get('source')}), or "
                              f"{cases[name]} has changed since; redo it with --overwrite, or take another --out")
 
-# %% ../../nbs/60_prediction.cases.ipynb #1903a901
+# %% ../../nbs/60_prediction.cases.ipynb #604934ed
 @dataclass(frozen=True, eq=False)
 class CaseRun:
     "What `predict_cases` did: `table` as in cases.csv, the folder, and how many cases were done, skipped, failed."
@@ -374,7 +374,7 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     table = pd.DataFrame([rows[name] for name in sorted(rows)], columns=list(CASE_COLUMNS))
     return table.astype({"slices": "Int64", "slices_with_blood": "Int64"})
 
-# %% ../../nbs/60_prediction.cases.ipynb #9497107d
+# %% ../../nbs/60_prediction.cases.ipynb #9f8d2fb1
 def _cohort_facts(path: Path) -> dict[str, dict[str, Any]]:
     "What a cohort's table says of its scans: how to read grey values, and whether millilitres mean anything."
     facts = {}
@@ -395,7 +395,7 @@ def _settings(model: Path, adapter: Path | None, options: CaseOptions) -> dict[s
     files = {"model": file_hash(model), "adapter": file_hash(adapter) if adapter else None}
     return json.loads(json.dumps({**files, **asdict(options)}))
 
-# %% ../../nbs/60_prediction.cases.ipynb #cc4705fb
+# %% ../../nbs/60_prediction.cases.ipynb #f3f264fb
 def _run_all(run: _Run, todo: Mapping[str, Path]) -> None:
     "Predict cases one after the other; rows and cases.csv grow. Raises the error of a case only when it is alone."
     with tqdm(todo.items(), "cases", disable=run.alone or not run.progress, unit="case") as bar:
@@ -420,7 +420,7 @@ def _record(run: _Run, header: Mapping[str, Any], files: Mapping[str, Path | Non
         "versions": {name: version(name) for name in ("sahlora", "torch", "numpy", "nibabel", "scipy", "pydicom")},
     }
 
-# %% ../../nbs/60_prediction.cases.ipynb #b9b4131f
+# %% ../../nbs/60_prediction.cases.ipynb #3afacea2
 def _carry_out(run: _Run, cases: Mapping[str, Path], todo: Mapping[str, Path], record: dict[str, Any]) -> CaseRun:
     "Everything that writes: the cases in `todo`, cases.csv, run.json (complete only at the end)."
     started = time.perf_counter()
@@ -437,7 +437,7 @@ def _carry_out(run: _Run, cases: Mapping[str, Path], todo: Mapping[str, Path], r
                                       "counts": counts, "errors": result.errors})
     return result
 
-# %% ../../nbs/60_prediction.cases.ipynb #6d79f326
+# %% ../../nbs/60_prediction.cases.ipynb #8a6012f1
 def predict_cases(path: str | Path, model: str | Path, out: str | Path, *, adapter: str | Path | None = None,
                   save_probabilities: bool = False, tta: bool = False, threshold: float = 0.5, device: str = "auto",
                   batch: int | None = None, precision: str = "auto", dicom_seg: bool = False, overwrite: bool = False,
