@@ -96,7 +96,7 @@ class Augmentation:
     jitter_hu: float = 30.0
     jitter_weight: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("elastic", "flip", "jitter"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a probability from 0 to 1, not {getattr(self, name)!r}")

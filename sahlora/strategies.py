@@ -89,7 +89,7 @@ class Strategy(_Named):
     training: Mapping[str, Any] = field(default_factory=dict)
     patients: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in _normal(self).items():
             object.__setattr__(self, name, value)
         _check(self)

@@ -68,7 +68,7 @@ class Training:
     workers: int = 0
     augmentation: Augmentation = field(default_factory=Augmentation)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_training(self)
 
 # %% ../nbs/40_training.ipynb #81225551

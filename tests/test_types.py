@@ -27,9 +27,10 @@ def test_the_type_check_finds_a_mistake(project, tmp_path, line, code):
     assert done.returncode == 1 and f"[{code}]" in done.stdout, done.stdout
 
 
-def test_modules_without_a_full_check_are_still_there(project):
-    overrides = tomllib.loads((project / "pyproject.toml").read_text())["tool"]["mypy"]["overrides"]
-    named = [name for override in overrides for name in override["module"] if name.startswith("sahlora.")]
-    for name in named:
-        stem = project.joinpath(*name.split("."))
-        assert stem.with_suffix(".py").is_file() or (stem / "__init__.py").is_file(), f"{name}: gone; take it off the list in pyproject.toml"
+def test_no_module_is_left_out(project):
+    "Every kind of error counts in every module but for `override`, whose reason stands in pyproject.toml."
+    settings = tomllib.loads((project / "pyproject.toml").read_text())["tool"]["mypy"]
+    assert settings["disable_error_code"] == ["override"] and not settings.get("exclude")
+    assert not [name for override in settings["overrides"] for name in override["module"] if name.startswith("sahlora")]
+    ignored = [line for path in (project / "sahlora").rglob("*.py") for line in path.read_text().splitlines() if "type: ignore" in line]
+    assert all("type: ignore[" in line for line in ignored) and len(ignored) <= 3, ignored

@@ -217,7 +217,7 @@ class CaseOptions:
     dicom_seg: bool = False
     read: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_numbers(self.threshold, None)
         if unknown := sorted(set(self.read) - (set(inspect.signature(read_ct).parameters) - {"path"})):
             raise TypeError(f"read_ct takes no {', '.join(unknown)}")

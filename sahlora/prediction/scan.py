@@ -44,7 +44,7 @@ class InputSpec:
     pixel_mm: float | None = None
     resample: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.window) != 2 or not float(self.window[0]) < float(self.window[1]):
             raise ValueError(f"a window is low and high in HU, low < high, not {self.window!r}")
         if self.pixel_mm is not None and not 0 < self.pixel_mm < math.inf:
