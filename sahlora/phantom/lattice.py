@@ -20,7 +20,7 @@ import numpy as np
 from scipy import sparse
 
 # %% ../../nbs/11_phantom.lattice.ipynb #0b4388ec
-def keep_figure(fig, grey: bool = False, colours: int = 32) -> None:
+def keep_figure(fig: Any, grey: bool = False, colours: int = 32) -> None:
     "Label a matplotlib figure as synthetic; show it with few colours (greys and orange if `grey`): small notebooks."
     import matplotlib.pyplot as plt
     from IPython.display import Image, display
