@@ -14,6 +14,7 @@ import hashlib
 import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 # %% ../../nbs/11_phantom.lattice.ipynb #5c48ad63
 import numpy as np
