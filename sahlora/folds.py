@@ -47,7 +47,8 @@ def _draw(splitter: KFold | StratifiedKFold, patients: np.ndarray, bins: Sequenc
 
 def kfold(patients: Sequence[str], folds: int = 3, seed: int = 0) -> list[Fold]:
     "The paper's KFold(folds, shuffle=True, random_state=seed) over sorted patients. Raises: ValueError if too few."
-    return _draw(KFold(folds, shuffle=True, random_state=seed), _sorted(patients, folds))
+    known = _sorted(patients, folds)
+    return _draw(KFold(folds, shuffle=True, random_state=seed), known)
 
 # %% ../nbs/16_folds.ipynb #74e5ff41
 def patient_volumes(cohort: Cohort) -> dict[str, float]:
