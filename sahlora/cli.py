@@ -41,7 +41,9 @@ class _Plain(TyperGroup):
     "A group of commands that says what is wrong in words; tracebacks only with --debug."
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        "Move --debug to the front, so that it may stand after a subcommand too."
+        "Move --debug to the front, so that it may stand after a subcommand too. An empty word is an error, not this folder."
+        if not ctx.resilient_parsing and any(not word.strip() or word[:2] + word[-1] == "--=" for word in args):
+            ctx.fail("one of the words is empty: name what belongs there; is a variable of the shell not set?")
         words = [word for word in args if word != "--debug"]
         return super().parse_args(ctx, ["--debug"] * (len(words) < len(args)) + words)
 

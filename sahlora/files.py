@@ -6,7 +6,7 @@
 __all__ = ['PART', 'atomic_path', 'atomic_folder', 'remove_folder', 'remove_leftovers', 'write_json', 'read_json', 'write_csv',
            'file_hash', 'object_hash', 'save_tensors', 'load_tensors', 'check_writable', 'plain_words']
 
-# %% ../nbs/01_files.ipynb #aabd22c7
+# %% ../nbs/01_files.ipynb #292412b2
 import hashlib
 import json
 import os
@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,20 +43,24 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
 
-# %% ../nbs/01_files.ipynb #46af9dc8
+# %% ../nbs/01_files.ipynb #9a6bc506
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `path`; renamed to `path` on success, removed on failure or where `path` is there by then.
+    """A temporary folder beside `path`; renamed to `path` on success, removed on failure or where `path` holds files by then.
 
     Raises: OSError when it can not be made or written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{PART}{path.name}.", dir=path.parent))
+    temporary = path.with_name(f"{PART}{uuid4().hex}.{path.name}")
+    temporary.mkdir()  # not mkdtemp, which shuts everyone else out
     try:
         yield temporary
-        if not path.exists():
+        try:
             os.replace(temporary, path)
+        except OSError:
+            if not path.is_dir():  # else another process was first: asking before renaming would leave a gap between the two
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -70,6 +70,14 @@ def test_predict_refuses_bad_input_with_2_and_writes_nothing(things, run, tmp_pa
         assert done.exit_code == 2 and words in done.stderr and not (tmp_path / "out").exists(), done.stderr
 
 
+@pytest.mark.parametrize("empty", [["predict", "", "--out", "o"], ["predict", "scan.nii.gz", "--out="], ["cohort", "check", " "]])
+def test_an_empty_word_is_not_the_folder_one_is_in(run, tmp_path, monkeypatch, empty):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cohort.csv").write_text("case,patient,image,label\n")
+    done = run(*empty)
+    assert done.exit_code == 2 and "one of the words is empty" in done.stderr and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_batch_goes_on_past_a_bad_case_and_exits_1(things, run, tmp_path):
     scans = tmp_path / "scans"
     scans.mkdir()

@@ -258,7 +258,7 @@ def test_a_bundle_has_monais_layout(bundle, project):
     card = (bundle / "docs/README.md").read_text()
     assert "Not for clinical use" in card and "Synthetic data, no clinical claim" in card and "cp-lora adapter of rank 8" in card
     assert (bundle / "LICENSE").read_bytes() == (project / "LICENSE").read_bytes()
-    assert all(path.stat().st_mode & 0o044 for path in bundle.rglob("*")), "whoever gets the folder can read it"
+    assert all(path.stat().st_mode & 0o044 for path in (bundle, *bundle.rglob("*"))), "whoever gets the folder can read it"
 
 
 def same_masks(paths, masks, tmp_path):

@@ -4,6 +4,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import numpy as np
 import pandas as pd
@@ -11,9 +13,10 @@ import pytest
 import torch
 from monai.losses import DiceCELoss, DiceLoss
 
+from sahlora import slices
 from sahlora.augmentation import NO_AUGMENTATION, Augmentation, augment, bend, bend_mask, displacement, sample_generator, smooth
 from sahlora.checkpoint import Checkpoint, differences, find_checkpoint
-from sahlora.cohort import Case, make_phantom_cohort, write_cohort
+from sahlora.cohort import Case, Cohort, make_phantom_cohort, write_cohort
 from sahlora.files import load_tensors, save_tensors
 from sahlora.slices import BalancedBatches, open_store, pack, unpack
 from sahlora.training import (Training, batch_dice, ct_to_images, load_network, make_loss, make_training, pad_to_multiple, predict,
@@ -71,6 +74,22 @@ def test_other_content_is_another_store(tmp_path):
     assert open_store(cohort).folder == first.folder and first.size == (20, 16)
     again = open_store(write_cohort(tmp_path / "one", [case(11)]))
     assert again.folder != first.folder and again.read([0])[0].max() == 11
+
+
+def test_a_store_made_by_many_at_once_is_one_store(store, tmp_path, monkeypatch):
+    cohort, together, unpacked = Cohort.read(store.folder.parent.parent), Barrier(6), slices._unpack_cohort
+
+    def unpack_and_wait(*told):
+        unpacked(*told)
+        together.wait(60)  # so that all are about to rename
+
+    monkeypatch.setattr(slices, "_cache_folder", lambda cohort, key: tmp_path / "cache" / key)
+    monkeypatch.setattr(slices, "_unpack_cohort", unpack_and_wait)
+    with ThreadPoolExecutor(6) as pool:
+        made = list(pool.map(open_store, [cohort] * 6))
+    assert {one.folder for one in made} == set((tmp_path / "cache").iterdir()) and len({one.folder for one in made}) == 1
+    assert all(torch.equal(one.read(range(len(store)))[0], store.read(range(len(store)))[0]) for one in made)
+    assert made[0].folder.stat().st_mode & 0o777 == 0o777 & ~os.umask(os.umask(0o022)), "colleagues can read it"
 
 
 def test_slices_of_two_sizes_are_refused(tmp_path):

@@ -108,9 +108,12 @@ def test_a_method_of_ones_own_reaches_other_processes(tmp_path):
     assert "row-lora" not in ask("from sahlora.adapters import METHODS; print(*METHODS)").stdout
 
 
-def test_a_missing_file_of_methods_is_named(tmp_path):
+def test_a_wrong_file_of_methods_is_named(tmp_path):
     done = ask("import sahlora.adapters", "nowhere.py", tmp_path)
     assert done.returncode and "SAHLORA_METHODS: " in done.stderr and "nowhere.py: no such file" in done.stderr
+    (tmp_path / "row.txt").write_text(METHOD)
+    done = ask("import sahlora.adapters", "row.txt", tmp_path)
+    assert done.returncode and "row.txt: not a file of Python; its name must end in .py" in done.stderr
 
 
 def test_a_change_of_the_method_makes_runs_stale(tmp_path, monkeypatch):
