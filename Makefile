@@ -35,7 +35,7 @@ test-notebooks: $(READY)  ## Run every notebook's cells, but for those marked sl
 	nbdev-test --n-workers 2 --do-print
 
 test-notebooks-slow: $(READY)  ## Run every notebook's cells, slow ones too.
-	nbdev-test --n-workers 2 --do-print --flags slow
+	nbdev-test --n-workers 2 --do-print --flags slow --cell-timeout 3600
 
 test-slow: check test-notebooks-slow  ## Everything, slow tests too.
 	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
