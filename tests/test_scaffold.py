@@ -11,6 +11,7 @@ import pytest
 import render_environment
 import render_readme
 from check_export import check
+from packaging.specifiers import SpecifierSet
 
 
 REQUIREMENTS = ("requirements", "dicom_requirements", "tensorboard_requirements", "slurm_requirements", "dev_requirements",
@@ -67,6 +68,14 @@ def test_constraints_are_what_is_installed():
     wrong = {name: (version, pins.get(name)) for name, version in installed.items()
              if name not in tools and pins.get(name) != version.partition("+")[0]}
     assert not wrong, f"installed and pinned versions differ: {wrong}"
+
+
+@pytest.mark.parametrize("python", ["3.11.0", "3.12.0", "3.13.0"])
+def test_every_pin_is_for_every_python_we_name(python):
+    pins = {normal(name) for name in render_environment.pins()}
+    asked = {normal(dist.name): dist.metadata.get("Requires-Python") or "" for dist in metadata.distributions()}
+    assert len(pins & set(asked)) > 150
+    assert not {name: words for name, words in asked.items() if name in pins and not SpecifierSet(words).contains(python)}
 
 
 def test_readme_is_rendered_from_index(project):
