@@ -10,7 +10,9 @@ WORKDIR /sahlora
 # Requirements first: a changed notebook does not install them again.
 COPY settings.ini constraints.txt setup.py pyproject.toml README.md LICENSE Makefile ./
 COPY sahlora sahlora
-RUN make setup && rm -rf /root/.cache/pip
+# PyTorch's own index has it without CUDA, some gigabytes less; for a GPU: --build-arg TORCH_INDEX=https://pypi.org/simple
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN PIP_EXTRA_INDEX_URL="$TORCH_INDEX" make setup && rm -rf /root/.cache/pip
 COPY . .
 RUN touch .venv/.ready
 

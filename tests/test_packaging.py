@@ -25,6 +25,7 @@ def built(project, tmp_path_factory):
     done = subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--skip-dependency-check", "--outdir", out, source],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "Package would be ignored" not in done.stdout + done.stderr, "setuptools must know every folder of the package"
     return out
 
 
