@@ -6,7 +6,7 @@
 __all__ = ['random_state', 'restore_random', 'optimizer_tensors', 'restore_optimizer', 'flat', 'differences', 'Checkpoint',
            'find_checkpoint', 'resume']
 
-# %% ../nbs/40_checkpoint.ipynb #4572db63
+# %% ../nbs/40_checkpoint.ipynb #64da3ccc
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .files import load_tensors, save_tensors
 
-# %% ../nbs/40_checkpoint.ipynb #b6dbdbbf
+# %% ../nbs/40_checkpoint.ipynb #c5c28a00
 def random_state(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
     "State of the generators of torch, of `device`, numpy and python, as tensors and as what JSON can hold."
     generator: Any = np.random.get_state()
@@ -63,7 +63,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
             state.setdefault(int(number), {})[key] = tensor.detach()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
-# %% ../nbs/40_checkpoint.ipynb #575f54cb
+# %% ../nbs/40_checkpoint.ipynb #1237abb3
 def flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     "Nested facts with dotted names."
     found: dict[str, Any] = {}
@@ -80,7 +80,7 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     lines = [f"{key} was {one.get(key)!r}, is {other.get(key)!r}" for key in changed]
     return lines[:10] + [f"and {len(lines) - 10} more"] * (len(lines) > 10)
 
-# %% ../nbs/40_checkpoint.ipynb #c4877011
+# %% ../nbs/40_checkpoint.ipynb #ba4a7a94
 @dataclass(frozen=True)
 class Checkpoint:
     """Where a run is saved: `path`, and `previous` beside it. `facts`: what must be the same to go on (JSON)."""
@@ -111,7 +111,7 @@ class Checkpoint:
         for path in (self.path, self.previous, *left):
             path.unlink(missing_ok=True)
 
-# %% ../nbs/40_checkpoint.ipynb #f97a9270
+# %% ../nbs/40_checkpoint.ipynb #5fdf5ea0
 def find_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Tensors and header of the newest whole checkpoint; None without one.
 

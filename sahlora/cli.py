@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sahlora.prediction import CaseRun
     from sahlora.strategies import Strategy
 
-# %% ../nbs/80_cli.ipynb #953832e3
+# %% ../nbs/80_cli.ipynb #7ca37e5e
 def _message(error: Exception) -> tuple[str, int]:
     "What to print for an error, and the exit code."
     if isinstance(error, OSError):
@@ -36,7 +36,7 @@ def _message(error: Exception) -> tuple[str, int]:
     return (f"unexpected {type(error).__name__}: {error}\nThis is a mistake in sahlora, not in your data. Run the same "
             "command with --debug and report what it prints."), 1
 
-
+# %% ../nbs/80_cli.ipynb #a028bcc8
 class _Plain(TyperGroup):
     "A group of commands that says what is wrong in words; tracebacks only with --debug."
 
@@ -384,7 +384,7 @@ def cohort_folds(
     shown, path = Cohort.read(folder), out or folder / "folds.json"
     typer.echo(f"{folds_table(shown, folds_for(shown, path, method, folds, seed)).to_string()}\n{path}")
 
-# %% ../nbs/80_cli.ipynb #baaab95e
+# %% ../nbs/80_cli.ipynb #e49e892a
 _Steps = Annotated[int, typer.Option(help="Training steps.")]
 _Batch = Annotated[int, typer.Option(help="Slices in a batch; half of them with blood.")]
 _Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
@@ -492,7 +492,7 @@ def _finetune(base: Path, cohort: Path, folds: Path | None, strategy: "Strategy"
     table = cross_validate(base, target, strategy, plan, out, quiet=quiet, tensorboard=tensorboard)
     typer.echo(f"{out / 'patients.csv'}: {len(table)} patients, soft Dice {table.dice_soft.mean():.3f} on average")
 
-# %% ../nbs/80_cli.ipynb #a199b508
+# %% ../nbs/80_cli.ipynb #5492fc3e
 def _read_options(series: str | None, window: str | None, spacing: str | None, orientation: str | None,
                   fill_nan: bool, allow_gaps: bool) -> dict[str, Any]:
     "Options of the command as `read_ct` takes them."

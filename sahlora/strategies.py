@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['REGIONS', 'WHOLE', 'strategy_words', 'Strategy', 'rates', 'how_to_train', 'prepare', 'heads', 'moving',
-           'recompute_norms', 'inert_magnitudes', 'training_notes', 'at_rate']
+           'recompute_norms', 'inert_magnitudes', 'training_notes']
 
-# %% ../nbs/41_strategies.ipynb #6d732fe9
+# %% ../nbs/41_strategies.ipynb #6109d637
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -31,7 +31,7 @@ def strategy_words() -> tuple[str, ...]:
     "Every method a Strategy takes; an adapter method that was registered later is among them."
     return (*WHOLE, "fine-tuning", *REGIONS, *METHODS)
 
-# %% ../nbs/41_strategies.ipynb #827d1f37
+# %% ../nbs/41_strategies.ipynb #dff0d251
 class _Named:
     "What follows from the words of a strategy."
 
@@ -64,7 +64,7 @@ class _Named:
         training = {key: value for key, value in self.training.items() if key != "workers"}
         return json.loads(json.dumps({**asdict(cast(Any, self)), "training": training}))
 
-# %% ../nbs/41_strategies.ipynb #32638f03
+# %% ../nbs/41_strategies.ipynb #bdd0de9d
 @dataclass(frozen=True)
 class Strategy(_Named):
     """How to adapt. `rank`, `alpha`, `extras` and `adapter` matter to adapters only; `patients`: train on so many of a fold's.
@@ -94,7 +94,7 @@ class Strategy(_Named):
             object.__setattr__(self, name, value)
         _check(self)
 
-# %% ../nbs/41_strategies.ipynb #37655cca
+# %% ../nbs/41_strategies.ipynb #464e6e80
 def _normal(strategy: Strategy) -> dict[str, Any]:
     "A region's name as fine-tuning there, no region where none is meant, candidates as a tuple."
     rates = strategy.learning_rate
@@ -167,7 +167,7 @@ def moving(net: nn.Module, strategy: Strategy) -> set[str]:
     owners = {name.rpartition(".")[0] for name in names}
     return names | {name for name in net.state_dict() if name.rpartition(".")[0] in owners}
 
-# %% ../nbs/41_strategies.ipynb #55acc6cb
+# %% ../nbs/41_strategies.ipynb #4d1baada
 @torch.no_grad()
 def recompute_norms(net: nn.Module, store: SliceStore, rows: Sequence[int] | np.ndarray, batch_size: int = 16, seed: int = 0,
                     device: str = "auto") -> None:
@@ -196,7 +196,7 @@ def inert_magnitudes(net: nn.Module, x: Tensor) -> list[str]:
     inert = [layer for layer, y in outputs if any(y is z for z in fed)]
     return [name for name, layer in wrapped.items() if any(layer is one for one in inert)]
 
-# %% ../nbs/41_strategies.ipynb #3e3421ba
+# %% ../nbs/41_strategies.ipynb #ba330aee
 def training_notes(net: nn.Module, strategy: Strategy, x: Tensor) -> dict[str, Any]:
     "What a reader of a run should know about a prepared network: the norms' policy, and magnitudes that do nothing."
     notes: list[str] = []
@@ -206,8 +206,3 @@ def training_notes(net: nn.Module, strategy: Strategy, x: Tensor) -> dict[str, A
     policy = norm_policy(net) if strategy.trains else {"recomputed": strategy.method == "norm-stats"}
     net.eval()
     return {"batch_norm": policy, "notes": notes}
-
-# %% ../nbs/41_strategies.ipynb #bd48c7b9
-def at_rate(strategy: Strategy, rate: float) -> Strategy:
-    "The same strategy with one learning rate."
-    return replace(strategy, learning_rate=rate)

@@ -8,7 +8,7 @@ __all__ = ['CohortSpec', 'RateSpec', 'FoldsSpec', 'project_folder', 'project_pat
            'nearest', 'claims_plan', 'read_study', 'network_of', 'strategy_of', 'expand_runs', 'describe_study',
            'check_parameters', 'make_cohort', 'make_folds', 'training_values', 'base_at_hand']
 
-# %% ../nbs/42_study.ipynb #76f0b2af
+# %% ../nbs/42_study.ipynb #55452bef
 import ast
 import difflib
 import os
@@ -190,7 +190,7 @@ class Study(Section):
     def _repr_markdown_(self) -> str:
         return describe_study(self)
 
-# %% ../nbs/42_study.ipynb #610734e9
+# %% ../nbs/42_study.ipynb #3f34d4d9
 _PARTS = {"phantom": PhantomSpec, "ct-ich": CtIchSpec, "folder": FolderSpec, "pairs": PairsSpec, "pretrain": TrainingSpec,
           "finetune": TrainingSpec, "runs": RunSpec, "split": FixedFold, "drawn": DrawnFolds, "networks": NetworkSpec}
 
@@ -393,7 +393,7 @@ def describe_study(study: Study) -> str:
     lines = ["\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])) for rows in tables]
     return "\n\n".join([f"**{study.study}**: {study.title}", f"*{study.note.strip()}*", *lines])
 
-# %% ../nbs/42_study.ipynb #45df4675
+# %% ../nbs/42_study.ipynb #545a4d43
 _PLAIN: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool, "dict": dict, "list": list}
 
 
@@ -427,7 +427,7 @@ def check_parameters(cells: Sequence[str]) -> dict[str, Any]:
         values[name] = value
     return values
 
-# %% ../nbs/42_study.ipynb #028284f9
+# %% ../nbs/42_study.ipynb #597c63b1
 @one_writer("folder")
 def make_cohort(spec: "CohortSpec | dict[str, Any]", folder: str | Path) -> "Cohort":
     "The cohort that a section of a study describes, written to `folder` (a `folder` layout is read where it lies)."
@@ -443,7 +443,7 @@ def make_cohort(spec: "CohortSpec | dict[str, Any]", folder: str | Path) -> "Coh
         return _import_pairs(spec, folder)
     return Cohort.read(project_path(spec.path))
 
-# %% ../nbs/42_study.ipynb #a0092f2a
+# %% ../nbs/42_study.ipynb #202dd150
 def _import_pairs(spec: PairsSpec, folder: str | Path) -> "Cohort":
     "A user's scans as a cohort. Raises: ValueError that lists the scans that can not be used, FileNotFoundError."
     from sahlora.imports import import_cohort

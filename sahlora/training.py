@@ -8,7 +8,7 @@ __all__ = ['OPTIMIZERS', 'SCHEDULES', 'LOSSES', 'PLATEAU', 'Training', 'make_tra
            'pad_to_multiple', 'ct_to_images', 'predict', 'predict_volume', 'by_epoch', 'plateau', 'weights_hash',
            'save_network', 'load_network', 'median_pixel', 'pretrain']
 
-# %% ../nbs/40_training.ipynb #3c0b95b9
+# %% ../nbs/40_training.ipynb #c2d57c0f
 import difflib
 import math
 import sys
@@ -39,7 +39,7 @@ from .locks import one_writer
 from .slices import BalancedBatches, SliceStore, open_store
 from .unet import build_network
 
-# %% ../nbs/40_training.ipynb #0aeabb8f
+# %% ../nbs/40_training.ipynb #ef746487
 OPTIMIZERS, SCHEDULES, LOSSES = ("adam", "adamw"), ("constant", "cosine", "linear"), ("dice", "dice+ce")
 
 
@@ -85,7 +85,7 @@ def _check_training(how: Training) -> None:
     if how.average is not None and not 0 < how.average < 1:
         raise ValueError(f"average is a decay between 0 and 1, such as 0.99, not {how.average!r}")
 
-# %% ../nbs/40_training.ipynb #84215de0
+# %% ../nbs/40_training.ipynb #8863ecec
 def make_training(values: Mapping[str, Any]) -> Training:
     "A Training from names and values, as a study file has them. Raises: ValueError for a name it does not have."
     known = [f.name for f in fields(Training)]
@@ -169,7 +169,7 @@ def read_batches(store: SliceStore, batches: BalancedBatches, first: int, last: 
             yield waiting.pop(0).result()
             waiting += [pool.submit(read, k) for k in islice(steps, 1)]
 
-# %% ../nbs/40_training.ipynb #12f266ec
+# %% ../nbs/40_training.ipynb #34809f76
 class _Loop:
     "A training in progress: the network, its optimizer, and the averaged weights where they are wanted."
 
@@ -201,7 +201,7 @@ class _Loop:
     def _descend(self, k: int, loss: Tensor) -> None:
         raise NotImplementedError  # of the class below
 
-# %% ../nbs/40_training.ipynb #31808a8a
+# %% ../nbs/40_training.ipynb #3fc052b2
 class _Descent(_Loop):
     "What follows the loss."
 
@@ -265,7 +265,7 @@ def dice_of_rows(net: nn.Module, store: SliceStore, rows: np.ndarray, batch_size
         module.training = mode
     return (overlap + 1e-5) / (total + 1e-5)
 
-# %% ../nbs/40_training.ipynb #b164b1e0
+# %% ../nbs/40_training.ipynb #c08108f6
 class _Record:
     "Loss and Dice of every step, validation Dice of every epoch; as tensors for a checkpoint, as a table in the end."
 
@@ -310,7 +310,7 @@ def _resume(checkpoint: Checkpoint | None, loop: _Descent, best: _Best) -> tuple
             mean.copy_(extra[f"average.{name}"])
     return done, _Record(extra)
 
-# %% ../nbs/40_training.ipynb #33292b56
+# %% ../nbs/40_training.ipynb #84768450
 class _Board:
     "TensorBoard's log of a training, or nothing."
 
@@ -373,7 +373,7 @@ def _finish(loop: _Descent, best: _Best) -> None:
         loop.finish()
     loop.net.eval()
 
-# %% ../nbs/40_training.ipynb #9975d92c
+# %% ../nbs/40_training.ipynb #6ed75c4b
 class _Bar(tqdm):
     "Progress that tells the loss and the Dice of the last steps, slices per second and the time left."
 
@@ -452,7 +452,7 @@ def plateau(history: pd.DataFrame) -> list[str]:
         return [f"diverged: soft Dice of batches fell from {first:.3f} to {last:.3f}; a lower learning rate may help"]
     return []
 
-# %% ../nbs/40_training.ipynb #b4c5c9e8
+# %% ../nbs/40_training.ipynb #6a6bdebf
 def weights_hash(net: nn.Module) -> str:
     "SHA-256 over names, types, shapes and bytes of a network's state, as 64 hex digits."
     import hashlib
@@ -486,7 +486,7 @@ def median_pixel(cohort: Cohort) -> float | None:
     known = cohort.table.image[cohort.table.spacing == "known"]
     return round(float(np.median([scan_size(cohort.folder / image)[1][:2] for image in known])), 4) if len(known) else None
 
-# %% ../nbs/40_training.ipynb #b06736cf
+# %% ../nbs/40_training.ipynb #35e01d70
 @one_writer("out")
 def pretrain(cohort: Cohort, out: str | Path, network: Mapping[str, Any], training: Mapping[str, Any],
              quiet: bool = False, tensorboard: str | Path | None = None) -> pd.DataFrame:

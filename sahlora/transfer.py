@@ -60,7 +60,7 @@ def collapse(scores: pd.DataFrame, history: pd.DataFrame) -> list[str]:
         flags = [*flags, f"the median patient is predicted with {ratio:.3g} times the annotated volume"]
     return flags
 
-# %% ../nbs/41_transfer.ipynb #0559db7b
+# %% ../nbs/41_transfer.ipynb #a777e55f
 @dataclass(frozen=True)
 class _Folds:
     "What every fold of a run needs."
@@ -116,7 +116,7 @@ def _fit(run: _Folds, patients: Sequence[str], rate: float, seed: int, checkpoin
         raise AssertionError(f"{moved[0]} was to stay frozen but changed")
     return net, history
 
-# %% ../nbs/41_transfer.ipynb #3509f09a
+# %% ../nbs/41_transfer.ipynb #354b5c2b
 def _try_rate(run: _Folds, rate: float, parts: tuple[list[str], list[str]], seed: int, checkpoint: Checkpoint) -> float | None:
     "Soft Dice on the patients set apart, after training on the others; None when the loss stopped being a number."
     net = run.begin(seed)
@@ -144,7 +144,7 @@ def _choose_rate(run: _Folds, number: int, patients: Sequence[str], seed: int, f
         raise FloatingPointError(f"{run.strategy.name}: every candidate of the learning rate fails; offer lower ones")
     return known["dice"]
 
-# %% ../nbs/41_transfer.ipynb #b1fc1eeb
+# %% ../nbs/41_transfer.ipynb #149431b8
 def _save_fold(folder: Path, fold: int, net: nn.Module, strategy: Strategy, base: str) -> None:
     "Write what a fold trained, as one safetensors file; `base`: hash of the weights it began at."
     if strategy.is_adapter:
@@ -165,7 +165,7 @@ def _score_fold(run: _Folds, net: nn.Module, number: int, fold: Fold) -> tuple[p
         examples |= {f"{number}/{role}/{patient}": planes for patient, planes in slices.items()}
     return pd.concat(parts), examples
 
-# %% ../nbs/41_transfer.ipynb #4cb77e47
+# %% ../nbs/41_transfer.ipynb #46b2f91c
 def _fold_done(run: _Folds, done: Path, facts: Mapping[str, Any]) -> bool:
     "Whether a fold was done before. Raises: ValueError that names the difference when it belongs to another run."
     if not done.is_dir():
@@ -198,7 +198,7 @@ def _run_fold(run: _Folds, number: int, fold: Fold) -> Path:
     checkpoint.remove()
     return done
 
-# %% ../nbs/41_transfer.ipynb #f4ba0c07
+# %% ../nbs/41_transfer.ipynb #4f275ccf
 def _read_csv(path: Path) -> pd.DataFrame:
     "A fold's table, every number to its last bit."
     return pd.read_csv(path, dtype={"patient": str}, keep_default_na=False, na_values=[""])
@@ -238,7 +238,7 @@ def _table(done: Sequence[Path], strategy: Strategy, study: str) -> pd.DataFrame
                          patients=strategy.patients or pd.NA, rank=strategy.rank if strategy.is_adapter else pd.NA, seed=strategy.seed)
     return table[[*KEYS, *(column for column in table if column not in KEYS)]].reset_index(drop=True)
 
-# %% ../nbs/41_transfer.ipynb #927ac75f
+# %% ../nbs/41_transfer.ipynb #99950db0
 @one_writer("out")
 def cross_validate(base: str | Path, cohort: Cohort, strategy: Strategy, folds: Sequence[Fold], out: str | Path,
                    study: str = "", facts: Mapping[str, Any] | None = None, quiet: bool = False,
@@ -266,7 +266,7 @@ def cross_validate(base: str | Path, cohort: Cohort, strategy: Strategy, folds: 
     remove_folder(run.folder)
     return table
 
-# %% ../nbs/41_transfer.ipynb #15ad760a
+# %% ../nbs/41_transfer.ipynb #7a900a2c
 def _describe(run: _Folds, done: Sequence[Path], folds: Sequence[Fold]) -> dict[str, Any]:
     "run.json but for the cost; prints flags and notes."
     net, header = load_network(run.base)

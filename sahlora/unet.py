@@ -335,7 +335,7 @@ def forward_flops(net: nn.Module, height: int = 512, width: int = 512) -> int:
         net(x)
     return counter.get_total_flops()
 
-# %% ../nbs/20_unet.ipynb #8847b93d
+# %% ../nbs/20_unet.ipynb #e6c8d569
 _Point = tuple[float, float]
 _Boxes = dict[str, tuple[str, float, float]]  # module name: title, x, y
 _Label = tuple[str, float, float, str]  # words, x, y, alignment
@@ -364,7 +364,7 @@ def _place_multi_view(n: int) -> _Layout:
     labels += [("views: dilations 1, 2, 4", 1, y - 0.52, "center")]
     return boxes, arrows, joins, labels
 
-# %% ../nbs/20_unet.ipynb #685cac0e
+# %% ../nbs/20_unet.ipynb #f73ee55d
 def _place_unet(n: int) -> _Layout:
     "The same for a plain Unet of n levels; its concatenations are labels on the skips."
     step = 1.5
@@ -383,7 +383,7 @@ def _place_unet(n: int) -> _Layout:
     arrows += [[(0, y - step + _HALF_H), (0, y), (1 - _HALF_W, y)], [(1 + _HALF_W, y), (2, y), (2, y - step + _HALF_H)]]
     return boxes, arrows, [], labels
 
-# %% ../nbs/20_unet.ipynb #08621831
+# %% ../nbs/20_unet.ipynb #a6298640
 _FACES = {"encoding": "#cce4f3", "decoding": "#fae3b4"}
 _EDGES = {"shallow": "#009e73", "deep": "#b0478a"}
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_peft', 'as_convlora', 'to_peft', 'from_peft', 'cp_project', 'Compression', 'compress']
 
-# %% ../../nbs/38_adapters.convert.ipynb #0b61810b
+# %% ../../nbs/38_adapters.convert.ipynb #6e1a1fc0
 import json
 import re
 from collections import Counter
@@ -47,7 +47,7 @@ def as_convlora(name: str, adapter: Adapter) -> tuple[Tensor, Tensor]:
         return f["a"], khatri_rao(*(f[key] for key in "bcde" if key in f)).T.reshape(-1, *adapter.view[1:])
     raise ValueError(f"{name!r}: {adapter.config.method} is not of PEFT's form; compress(net, rank) makes it CP first")
 
-# %% ../../nbs/38_adapters.convert.ipynb #1c3d44f3
+# %% ../../nbs/38_adapters.convert.ipynb #2aada242
 def _settings(config: Config, layers: Mapping[str, Adapter], dora: bool) -> dict[str, Any]:
     "PEFT's configuration: common rank and alpha, exceptions by layer."
     rank = Counter(adapter.rank for adapter in layers.values()).most_common(1)[0][0]
@@ -59,7 +59,7 @@ def _settings(config: Config, layers: Mapping[str, Adapter], dora: bool) -> dict
         "use_dora": dora, "lora_dropout": 0.0, "target_modules": "|".join(f"^{re.escape(n)}$" for n in layers),
     }  # fmt: skip
 
-# %% ../../nbs/38_adapters.convert.ipynb #a4ccf020
+# %% ../../nbs/38_adapters.convert.ipynb #bd7fbe37
 def to_peft(net: nn.Module, folder: str | Path, name: str | None = None) -> Path:
     """Write an adapter (default: the active one) as a PEFT LoRA folder; returns the folder.
 
@@ -92,7 +92,7 @@ def to_peft(net: nn.Module, folder: str | Path, name: str | None = None) -> Path
     write_json(Path(folder) / "adapter_config.json", _settings(config, layers, bool(METHODS[config.method].wrapper)))
     return Path(folder)
 
-# %% ../../nbs/38_adapters.convert.ipynb #5f183880
+# %% ../../nbs/38_adapters.convert.ipynb #9a4def2a
 _KEY = re.compile(r"base_model\.model\.(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?$")
 
 
@@ -143,7 +143,7 @@ def _from_layer(net: nn.Module, name: str, tensors: Mapping[str, Tensor], config
         own.data.copy_(value)
     return adapter
 
-# %% ../../nbs/38_adapters.convert.ipynb #dfabbaa2
+# %% ../../nbs/38_adapters.convert.ipynb #560b3e2a
 def from_peft(net: nn.Module, folder: str | Path, name: str = "default") -> Summary:
     """Put a PEFT LoRA or DoRA folder on `net` as convLoRA or convDoRA and switch it on; checked first.
 
@@ -172,7 +172,7 @@ def from_peft(net: nn.Module, folder: str | Path, name: str = "default") -> Summ
     install(net, name, parts)
     return summary(net)
 
-# %% ../../nbs/38_adapters.convert.ipynb #094cb39f
+# %% ../../nbs/38_adapters.convert.ipynb #bbfcd994
 def _first_guess(D: Tensor, rank: int) -> list[Tensor]:
     "Leading left singular vectors of every unfolding, filled up with fixed random columns."
     draw, factors = torch.Generator().manual_seed(0), []
@@ -233,7 +233,7 @@ def _total(errors: Mapping[str, float], norms: Mapping[str, float]) -> float:
     whole = sum(n**2 for n in norms.values())
     return (sum((errors[k] * norms[k]) ** 2 for k in norms) / whole) ** 0.5 if whole else 0.0
 
-# %% ../../nbs/38_adapters.convert.ipynb #d4aadaf4
+# %% ../../nbs/38_adapters.convert.ipynb #d49b6957
 def compress(net_or_delta: nn.Module | Tensor, rank: int | Mapping[str, int], name: str = "compressed") -> Compression:
     """Project a trained update to CP form of a given rank and report the error.
 

@@ -9,7 +9,7 @@ __all__ = ['Shape', 'METHODS', 'WIDE', 'AdaptedConv1d', 'AdaptedConv2d', 'Adapte
            'conv_like', 'start', 'factors', 'update', 'adapted_weight', 'Record', 'Adapted', 'adapted_class',
            'AdaptedConv', 'AdaptedConvTranspose', 'touch', 'delta_weight', 'effective_weight']
 
-# %% ../../nbs/30_adapters.core.ipynb #e7355d8f
+# %% ../../nbs/30_adapters.core.ipynb #592c73b3
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod, sqrt
@@ -31,7 +31,7 @@ def view_shape(conv: nn.Module) -> tuple[int, ...]:
     "Shape `(O, I/groups, k...)` in which every formula sees the weight of `conv`."
     return (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
 
-# %% ../../nbs/30_adapters.core.ipynb #9bb1e464
+# %% ../../nbs/30_adapters.core.ipynb #c5571b29
 Shape = tuple[int, ...]
 
 
@@ -64,7 +64,7 @@ class Delta:
         for key, factor in f.items():
             nn.init.zeros_(factor) if key == self.zero else nn.init.kaiming_uniform_(factor, a=sqrt(5))
 
-# %% ../../nbs/30_adapters.core.ipynb #8bae1a13
+# %% ../../nbs/30_adapters.core.ipynb #3c095fd0
 class Wrapper:
     "What may stand around a delta: extra parameters, and the final weight. Subclasses give `name`, `start`, `weight`."
 
@@ -92,7 +92,7 @@ class Method:
         "Options of this method with their allowed values, defaults first."
         return {**self.delta.choices, **(self.wrapper.choices if self.wrapper else {})}
 
-# %% ../../nbs/30_adapters.core.ipynb #bceefc9d
+# %% ../../nbs/30_adapters.core.ipynb #823e20f0
 METHODS: dict[str, Method] = {}  # name -> Method, filled by `register`
 _DELTAS: dict[str, Delta] = {}
 _WRAPPERS: dict[str, Wrapper] = {}
@@ -116,7 +116,7 @@ def register(part: Delta | Wrapper) -> None:
     for wrapper in _WRAPPERS.values():
         METHODS.update({wrapped_name(name, wrapper.name): Method(delta, wrapper) for name, delta in _DELTAS.items()})
 
-# %% ../../nbs/30_adapters.core.ipynb #7ee3bb02
+# %% ../../nbs/30_adapters.core.ipynb #ab3b813b
 @dataclass(frozen=True)
 class Config:
     "What one adapter was asked to be: shared by its layers and written into its file."
@@ -295,7 +295,7 @@ def adapted_weight(adapter: Adapter, W: Tensor, dropout: bool = False) -> Tensor
         return V
     return adapter.swap(adapter.wrapper.weight(adapter.swap(V), adapter._parameters, **adapter.wrapping))
 
-# %% ../../nbs/30_adapters.core.ipynb #c9374929
+# %% ../../nbs/30_adapters.core.ipynb #c6390ea0
 @dataclass
 class Record:
     "What a touched module remembers: flags before, parts by adapter, the active one, its base tensors while merged."
@@ -328,7 +328,7 @@ class Adapted:
                     return own[name]
         return super().__getattr__(name)  # type: ignore[misc]  # of the class behind
 
-# %% ../../nbs/30_adapters.core.ipynb #cb50ad53
+# %% ../../nbs/30_adapters.core.ipynb #eb1ed731
 _CLASSES: dict[tuple[type, type], type] = {}
 
 

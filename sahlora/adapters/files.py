@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'tensor_hash', 'base_hashes', 'checksum', 'save_adapter', 'read_adapter', 'check_base', 'load_adapter']
 
-# %% ../../nbs/37_adapters.files.ipynb #713389cd
+# %% ../../nbs/37_adapters.files.ipynb #37ef4144
 import hashlib
 import json
 from collections.abc import Mapping
@@ -50,7 +50,7 @@ def base_hashes(net: nn.Module) -> dict[str, str]:
             hashes[name] = tensor_hash(own)
     return hashes
 
-# %% ../../nbs/37_adapters.files.ipynb #067bd31f
+# %% ../../nbs/37_adapters.files.ipynb #da80792b
 FORMAT = 1  # version of the file's layout
 
 
@@ -82,7 +82,7 @@ def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise type(error)(f"metadata must be plain JSON values: {error}") from error
 
-# %% ../../nbs/37_adapters.files.ipynb #02d1fd5f
+# %% ../../nbs/37_adapters.files.ipynb #ba07920d
 def _entry(module: nn.Module, part: Part) -> dict[str, Any]:
     "What the header says about one module's part of an adapter."
     kind = type(module).__name__.removeprefix("Adapted")
@@ -115,7 +115,7 @@ def save_adapter(
     save_tensors(path, tensors, {**header, "checksum": checksum(header, tensors)})
     return Path(path)
 
-# %% ../../nbs/37_adapters.files.ipynb #9b951124
+# %% ../../nbs/37_adapters.files.ipynb #488f3f75
 def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     "Header and tensors of an adapter file, checked. Raises: FileNotFoundError; ValueError if damaged or foreign."
     if not Path(path).is_file():

@@ -9,7 +9,7 @@ __all__ = ['Extras', 'FrozenNorm', 'tracks', 'iterates', 'norm_scope', 'plan_ext
            'plan', 'install', 'adapt', 'remove', 'merged_copy', 'Row', 'Summary', 'text_table', 'markdown_table',
            'summary']
 
-# %% ../../nbs/36_adapters.network.ipynb #d0fb5d92
+# %% ../../nbs/36_adapters.network.ipynb #77422df2
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -29,7 +29,7 @@ from .core import adapted_weight, check_config, start, touch
 from .select import Where, base_modules, check_conv, describe, names_within, ranks, select
 from .select import select_whole
 
-# %% ../../nbs/36_adapters.network.ipynb #32a1f637
+# %% ../../nbs/36_adapters.network.ipynb #8aa41916
 class Extras(Part):
     "An adapter's own copies of a module's parameters and buffers; `copies` keeps what modules share in one piece."
 
@@ -93,7 +93,7 @@ def plan_extras(net: nn.Module, config: Config, full: Iterable[str], scope: Iter
             wanted[name] = keys, stats
     return make_extras(net, config, wanted)
 
-# %% ../../nbs/36_adapters.network.ipynb #341623b4
+# %% ../../nbs/36_adapters.network.ipynb #cce10f22
 def make_extras(net: nn.Module, config: Config, wanted: Mapping[str, tuple[list[str], list[str]]]) -> dict[str, Extras]:
     "Copies of the wanted parameters and buffers by module name; what these share stays one. Raises: ValueError."
     modules, parts = base_modules(net), {}
@@ -148,7 +148,7 @@ def is_merged(net: nn.Module) -> bool:
     "Whether an adapter is merged into the weights."
     return any(record.base is not None for _, record in touched(net))
 
-# %% ../../nbs/36_adapters.network.ipynb #edfbe64a
+# %% ../../nbs/36_adapters.network.ipynb #f2c12379
 def require(net: nn.Module, name: str | None = None) -> str:
     "The name, or the active adapter's. Raises: RuntimeError or ValueError that says what to do."
     known = adapters(net)
@@ -198,7 +198,7 @@ def shared_config(parts: Mapping[str, tuple[nn.Module, Part]]) -> Config:
                 raise ValueError(f"adapter {first.name!r} was put on parts of the network {differ}: {todo}")
     return first
 
-# %% ../../nbs/36_adapters.network.ipynb #c2f06963
+# %% ../../nbs/36_adapters.network.ipynb #5f2470ad
 def _switch(module: nn.Module, record: Record, name: str | None) -> None:
     "Make `name`, or nothing, the active adapter of one module."
     old, new = record.part(record.active), record.part(name)
@@ -239,7 +239,7 @@ def deactivate(net: nn.Module) -> None:
     for module, record in touched(net):
         _switch(module, record, None)
 
-# %% ../../nbs/36_adapters.network.ipynb #38ecaf64
+# %% ../../nbs/36_adapters.network.ipynb #036a2fc1
 def _final(module: nn.Module, part: Part, copies: dict[int, nn.Parameter]) -> dict[str, Tensor]:
     "Tensors that a module holds once its part is merged in; without dropout."
     final: dict[str, Tensor]
@@ -268,7 +268,7 @@ def _merge_in(module: nn.Module, record: Record, tensors: Mapping[str, Tensor]) 
     if isinstance(module, FrozenNorm):
         module.train(record.mode)
 
-# %% ../../nbs/36_adapters.network.ipynb #520ae959
+# %% ../../nbs/36_adapters.network.ipynb #3f5f7ae2
 def merge(net: nn.Module) -> None:
     "Write the active adapter into the weights. Raises: RuntimeError if one is merged already or none is active."
     require(net)
@@ -287,7 +287,7 @@ def _merge(net: nn.Module) -> None:
     for (module, record, _), tensors in zip(found, final, strict=True):
         _merge_in(module, record, tensors)
 
-# %% ../../nbs/36_adapters.network.ipynb #b231e6b3
+# %% ../../nbs/36_adapters.network.ipynb #b7e7595f
 def unmerge(net: nn.Module) -> None:
     "Put the base's own tensors back, bit for bit. Raises: RuntimeError if nothing is merged."
     if not is_merged(net):
@@ -367,7 +367,7 @@ def install(net: nn.Module, name: str, parts: Mapping[str, Part]) -> None:
                 p.grad = None  # or an optimizer would go on moving it
     activate(net, name)
 
-# %% ../../nbs/36_adapters.network.ipynb #ff7dc988
+# %% ../../nbs/36_adapters.network.ipynb #baea7722
 def adapt(
     net: nn.Module, method: str, rank: int | Mapping[str, int] = 8, alpha: float | None = None, where: Where = None,
     *, name: str = "default", scaling: str = "lora", dropout: float = 0.0, batchnorm: str = "frozen",
@@ -511,7 +511,7 @@ def _sizes(module: nn.Module) -> dict[int, int]:
     "Sizes of a module's own parameters by identity, so that what is shared counts once."
     return {id(p): p.numel() for p in module._parameters.values() if p is not None}
 
-# %% ../../nbs/36_adapters.network.ipynb #0d1833e6
+# %% ../../nbs/36_adapters.network.ipynb #56957512
 def summary(net: nn.Module, name: str | None = None) -> Summary:
     "Table of an adapter, by default the active one. Raises: RuntimeError, ValueError if there is none."
     name = require(net, name)
