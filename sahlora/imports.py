@@ -6,7 +6,7 @@
 __all__ = ['CT_ICH_HELP', 'CT_ICH_WINDOW', 'Request', 'import_ct_ich', 'read_found', 'ImportReport', 'read_patients',
            'import_cohort']
 
-# %% ../nbs/15_imports.ipynb #3786f16d
+# %% ../nbs/15_imports.ipynb #ac217ca0
 import json
 import re
 import shutil
@@ -29,7 +29,7 @@ from .files import read_json, write_json
 from .layouts import (BLOOD, LAYOUTS, RATERS, Found, blood_mask, combine_raters, layout_help, parse_labels, some,
                              which_blood)
 
-# %% ../nbs/15_imports.ipynb #a60b1511
+# %% ../nbs/15_imports.ipynb #57db77e5
 @dataclass(frozen=True)
 class Request:
     "What an import was asked for: every choice that changes its result."
@@ -259,7 +259,7 @@ def _with_patients(found: list[Found], patients: str | Path | Mapping[str, str] 
         raise ValueError(f"{where}: no patient for {some(missing)}; add them")
     return [Found(one.case, known[one.case], one.image, one.masks) for one in found]
 
-# %% ../nbs/15_imports.ipynb #fb4d3b8c
+# %% ../nbs/15_imports.ipynb #cfb914f2
 def _list_scans(layout: str, source: Path) -> list[Found]:
     "What a layout's folder holds. Raises: FileNotFoundError with the layout's help when it is not that."
     if not source.is_dir():
@@ -268,7 +268,14 @@ def _list_scans(layout: str, source: Path) -> list[Found]:
         raise FileNotFoundError(f"{source}: does not look like {layout}. Expected is\n{layout_help(layout)}")
     return found
 
+# %% ../nbs/15_imports.ipynb #c798a28c
+def _known_site(source: Path) -> str | None:
+    "The one site in the cohort.csv of a cohort that is imported again, so that a phantom stays one; None elsewhere."
+    table = source / "cohort.csv"
+    sites = set(pd.read_csv(table, dtype=str).get("site", pd.Series(dtype=str))) if table.is_file() else set()
+    return str(sites.pop()) if len(sites) == 1 else None
 
+# %% ../nbs/15_imports.ipynb #1478b040
 def _request(layout: str, source: Path, blood: str | Sequence[str] | None, labels: str | Mapping[int, str] | None,
              rater: str | int, site: str | None, **options: Any) -> Request:
     "The choices of an import, checked. Raises: ValueError that names the option."
@@ -280,10 +287,10 @@ def _request(layout: str, source: Path, blood: str | Sequence[str] | None, label
     if str(rater) not in RATERS and not str(rater).isdigit():
         raise ValueError(f"--rater {rater!r}: there are {', '.join(RATERS)}, or the number of a rater")
     codes = known or said or BLOOD
-    return Request(layout, str(source.resolve()), dict(codes), which_blood(codes, blood), str(rater), site or layout,
-                   **options)
+    return Request(layout, str(source.resolve()), dict(codes), which_blood(codes, blood), str(rater),
+                   site or _known_site(source) or layout, **options)
 
-# %% ../nbs/15_imports.ipynb #adfd22b8
+# %% ../nbs/15_imports.ipynb #adc0fb49
 def import_cohort(layout: str, source: str | Path, out: str | Path, *, blood: str | Sequence[str] | None = None,
                   labels: str | Mapping[int, str] | None = None, rater: str | int = "majority",
                   patients: str | Path | Mapping[str, str] | None = None, site: str | None = None,

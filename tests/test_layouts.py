@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from sahlora.checks import check_cohort
-from sahlora.cohort import Cohort, to_hu
+from sahlora.cohort import Cohort, make_phantom_cohort, to_hu
 from sahlora.ct import read_nifti
 from sahlora.imports import import_cohort, import_ct_ich, read_patients
 from sahlora.layouts import (BLOOD, KINDS, LAYOUTS, blood_mask, combine_raters, layout_help, parse_labels, some,
@@ -184,6 +184,16 @@ def test_only_the_blood_that_was_asked_for(tmp_path):
         assert np.array_equal(next(iter(cohort))[2], blood(rows))
     report = import_cohort("bhsd", tmp_path / "source", tmp_path / "out", blood="EDH", overwrite=True)
     assert "empty mask: no blood (ID_0a1_ID_9b, ID_0a2_ID_9c)" in str(report) and "blood is EDH" in str(report)
+
+
+@pytest.mark.parametrize(("site", "kept"), [(None, "phantom"), ("ward 3", "ward 3")])
+def test_a_phantom_imported_again_stays_one(tmp_path, site, kept):
+    cohort = make_phantom_cohort(tmp_path / "phantoms", "asah", cases=2, seed=5, grid=(32, 40), slices=12)
+    again = import_cohort("pairs", cohort.folder, tmp_path / "again", site=site).cohort
+    assert set(again.table.site) == {kept} and len(again) == 2
+    shutil.rmtree(tmp_path / "again")
+    (cohort.folder / "cohort.csv").unlink()
+    assert set(import_cohort("pairs", cohort.folder, tmp_path / "again").cohort.table.site) == {"pairs"}
 
 
 def test_pairs_with_a_map(tmp_path):
