@@ -24,4 +24,4 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     "Names that tab completion offers."
-    return sorted({*globals(), *_LAZY, "__version__"})
+    return sorted({*globals(), *_LAZY, "__version__"} - {"import_module"})

@@ -24,7 +24,7 @@ import yaml
 
 from .files import remove_leftovers
 from .locks import sole_writer
-from .study import expand_runs, project_folder, project_path, read_study
+from .study import check_folders, expand_runs, project_folder, project_path, read_study
 
 # %% ../nbs/44_batch.ipynb #fe15985d
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ class Batch:
 def make_batch(study: str | Path, runs: str | Path = "runs", cores: int = 2, profile: str | Path | None = None) -> Batch:
     "A batch from names as a user types them. Raises: OSError, ValueError as `read_study` does; FileNotFoundError for a profile."
     file = project_path(study).resolve()
-    folder = project_path(runs).resolve() / read_study(file).study
+    read = read_study(file)
+    check_folders(read, file)
+    folder = project_path(runs).resolve() / read.study
     if profile and not (project_path(profile) / "config.yaml").is_file():
         raise FileNotFoundError(f"{profile}: a profile is a folder with a config.yaml, such as paper/profiles/slurm")
     return Batch(file, folder, cores, project_path(profile) if profile else None)

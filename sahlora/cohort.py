@@ -45,7 +45,7 @@ class Case:
     intensity: str = "hu"
     spacing: str = "known"
 
-# %% ../nbs/12_cohort.ipynb #2c616172
+# %% ../nbs/12_cohort.ipynb #c3c034aa
 def voxel_hash(array: np.ndarray) -> str:
     """SHA-256 of a volume's shape and voxels: `array` (X, Y, Z), HU or 8-bit grey, axes left, posterior, superior.
 
@@ -65,7 +65,7 @@ def compact(array: np.ndarray) -> np.ndarray:
         small = array.astype(np.int16)
     return small if np.array_equal(small, array) else array.astype(np.float32)
 
-# %% ../nbs/12_cohort.ipynb #5d92e4bf
+# %% ../nbs/12_cohort.ipynb #a9f3e0bd
 def _write_case(folder: Path, case: Case) -> dict[str, Any]:
     "Write one case's two volumes; its row of the table."
     image, label = f"images/{case.case}.nii.gz", f"labels/{case.case}.nii.gz"
@@ -174,7 +174,7 @@ def _load_pair(folder: Path, image: str, label: str, intensity: str) -> tuple[He
     ct = HeadCT(hu, scan.affine, str(folder / image), notes=scan.notes)
     return ct, np.ascontiguousarray(mask.array, dtype=np.uint8)
 
-# %% ../nbs/12_cohort.ipynb #bad07312
+# %% ../nbs/12_cohort.ipynb #dbf39aff
 class _Listed:
     "What a cohort's table says."
 
@@ -199,8 +199,7 @@ class _Listed:
     def __repr__(self) -> str:
         return f"Cohort({len(self)} scans of {len(self.patients)} patients in {self.folder.name})"
 
-
-# %% ../nbs/12_cohort.ipynb #50aa2e71
+# %% ../nbs/12_cohort.ipynb #9b2e00fa
 @dataclass(frozen=True, repr=False)
 class Cohort(_Listed):
     "A cohort on disk: `folder`, and `table` with one row per scan (columns: COLUMNS, and whatever else it holds)."

@@ -114,14 +114,15 @@ def object_hash(content: object) -> str:
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
-# %% ../nbs/01_files.ipynb #d15bef0d
+# %% ../nbs/01_files.ipynb #7f5ca745
 def save_tensors(path: str | Path, tensors: Mapping[str, "Tensor"], header: Mapping[str, Any]) -> None:
     "Write named tensors and a JSON header as one safetensors file, whole or not at all."
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     flat = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(flat, temporary, metadata={"sahlora": json.dumps(header, sort_keys=True, allow_nan=False)})
+        # not save_file, whose files nobody but their owner may read
+        temporary.write_bytes(save(flat, metadata={"sahlora": json.dumps(header, sort_keys=True, allow_nan=False)}))
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:

@@ -6,7 +6,7 @@
 __all__ = ['FOLD_METHODS', 'Fold', 'kfold', 'patient_volumes', 'stratified', 'inner_split', 'fewer', 'check_folds', 'draw_folds',
            'read_folds', 'folds_for', 'folds_table']
 
-# %% ../nbs/16_folds.ipynb #fe7823b4
+# %% ../nbs/16_folds.ipynb #f8f9d38f
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +21,7 @@ from .checks import check_disjoint, check_voxels
 from .cohort import BINS, Cohort, volume_bin
 from .files import read_json, write_json
 
-# %% ../nbs/16_folds.ipynb #c292cc87
+# %% ../nbs/16_folds.ipynb #370e797c
 @dataclass(frozen=True)
 class Fold:
     "Patients to train on and to test on; `fit`: the score on the training patients is wanted too, and called a fit."
@@ -89,7 +89,7 @@ def fewer(fold: Fold, count: int, seed: int = 0) -> Fold:
     order = np.random.default_rng([seed, 11]).permutation(sorted(fold.train)).tolist()
     return replace(fold, train=tuple(sorted(order[:count])))
 
-# %% ../nbs/16_folds.ipynb #2d5b6d12
+# %% ../nbs/16_folds.ipynb #cc4de9f8
 def check_folds(cohort: Cohort, folds: Sequence[Fold]) -> int:
     """0, what training and test share in any fold.
 
@@ -105,7 +105,7 @@ def check_folds(cohort: Cohort, folds: Sequence[Fold]) -> int:
         check_voxels(sides[0], sides[1], what)
     return 0
 
-# %% ../nbs/16_folds.ipynb #d66acf2a
+# %% ../nbs/16_folds.ipynb #8e1eb51c
 FOLD_METHODS = ("kfold", "stratified")
 
 
@@ -130,7 +130,7 @@ def _people(cohort: Cohort) -> dict[str, dict[str, Any]]:
                       "voxels": sorted(hashes[case] for case in cohort.table.case[cohort.table.patient == patient])}
             for patient, ml in volumes.items()}
 
-# %% ../nbs/16_folds.ipynb #dc84f46e
+# %% ../nbs/16_folds.ipynb #731e228b
 def _some(patients: Sequence[str]) -> str:
     return ", ".join(patients[:5]) + (f" and {len(patients) - 5} more" if len(patients) > 5 else "")
 

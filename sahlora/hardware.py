@@ -98,6 +98,7 @@ def run_facts(seconds: float, resumed: bool = False) -> dict[str, Any]:
     gpu = {"peak_gpu_mib": torch.cuda.max_memory_allocated() // 2**20} if torch.cuda.is_available() else {}
     allocator = {key: os.environ[key] for key in sorted(os.environ) if key.startswith("MALLOC_")} | _kept
     used = resource.getrusage(resource.RUSAGE_SELF)
-    return {"seconds": round(seconds, 2), "resumed": resumed, "cpu_seconds": round(used.ru_utime + used.ru_stime, 2), "peak_mib": used.ru_maxrss // 1024, **gpu,
+    peak_mib = used.ru_maxrss // (2**20 if platform.system() == "Darwin" else 1024)  # bytes on macOS, kB elsewhere
+    return {"seconds": round(seconds, 2), "resumed": resumed, "cpu_seconds": round(used.ru_utime + used.ru_stime, 2), "peak_mib": peak_mib, **gpu,
             "processor": processor(), "threads": torch.get_num_threads(), "allocator": allocator,
             "python": platform.python_version(), "sahlora": __version__, **{p: version(p) for p in PACKAGES}}

@@ -268,12 +268,18 @@ def _list_scans(layout: str, source: Path) -> list[Found]:
         raise FileNotFoundError(f"{source}: does not look like {layout}. Expected is\n{layout_help(layout)}")
     return found
 
-# %% ../nbs/15_imports.ipynb #c798a28c
+# %% ../nbs/15_imports.ipynb #65121a9b
 def _known_site(source: Path) -> str | None:
     "The one site in the cohort.csv of a cohort that is imported again, so that a phantom stays one; None elsewhere."
     table = source / "cohort.csv"
     sites = set(pd.read_csv(table, dtype=str).get("site", pd.Series(dtype=str))) if table.is_file() else set()
     return str(sites.pop()) if len(sites) == 1 else None
+
+
+def _known_patients(source: Path) -> Path | None:
+    "The cohort.csv of a cohort that is imported again: it says whose each scan is; None elsewhere."
+    table = source / "cohort.csv"
+    return table if table.is_file() and {"case", "patient"} <= set(pd.read_csv(table, nrows=0)) else None
 
 # %% ../nbs/15_imports.ipynb #1478b040
 def _request(layout: str, source: Path, blood: str | Sequence[str] | None, labels: str | Mapping[int, str] | None,
@@ -290,7 +296,7 @@ def _request(layout: str, source: Path, blood: str | Sequence[str] | None, label
     return Request(layout, str(source.resolve()), dict(codes), which_blood(codes, blood), str(rater),
                    site or _known_site(source) or layout, **options)
 
-# %% ../nbs/15_imports.ipynb #adc0fb49
+# %% ../nbs/15_imports.ipynb #d4a29a46
 def import_cohort(layout: str, source: str | Path, out: str | Path, *, blood: str | Sequence[str] | None = None,
                   labels: str | Mapping[int, str] | None = None, rater: str | int = "majority",
                   patients: str | Path | Mapping[str, str] | None = None, site: str | None = None,
@@ -300,15 +306,15 @@ def import_cohort(layout: str, source: str | Path, out: str | Path, *, blood: st
     """Import a `layout` (LAYOUTS) from `source` as a cohort in `out`; scans that are bad are skipped and reported.
 
     `blood`: names of labels that count; `labels`: codes of one's own masks, "1=EDH,2=IPH"; `rater`: RATERS or a number;
-    `patients`: a CSV (case, patient); `window`: HU range of 8-bit scans; `spacing`, `orientation`: where headers lack
-    them; `size`: pixels across, for JPEG slices only.
+    `patients`: a CSV (case, patient), by default the cohort.csv of a cohort that is imported again;
+    `window`: HU range of 8-bit scans; `spacing`, `orientation`: where headers lack them; `size`: pixels across, for JPEG slices only.
     Raises: FileNotFoundError with the layout's help; ValueError for a wrong option, files without a partner, a folder
     `out` that holds something else, or when no scan could be imported.
     """
     source, out = Path(source), Path(out)
     request = _request(layout, source, blood, labels, rater, site, window=window, spacing=spacing,
                        orientation=orientation, size=size, fill_nan=fill_nan)
-    found = _with_patients(_list_scans(layout, source), patients)
+    found = _with_patients(_list_scans(layout, source), _known_patients(source) if patients is None else patients)
     if size is not None and not found[0].image.is_dir():
         raise ValueError("--size: only JPEG slices are brought to another size; a volume keeps its own")
     _check_out(out, source, request, overwrite)

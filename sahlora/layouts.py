@@ -186,7 +186,7 @@ def layout_help(name: str | None = None) -> str:
     "What a layout looks like on disk and where it is from; all of them without a name."
     return "\n".join(layout.help for layout in ([LAYOUTS[name]] if name else LAYOUTS.values()))
 
-# %% ../nbs/14_layouts.ipynb #4622cbc8
+# %% ../nbs/14_layouts.ipynb #2b7227e3
 def parse_labels(text: str | Mapping[int, str] | None) -> dict[int, str] | None:
     "Codes of labels from \"1=EDH,2=IPH\". Raises: ValueError for another form, a code twice, or 0 (the background)."
     if text is None or isinstance(text, Mapping):
@@ -232,7 +232,7 @@ def blood_mask(labels: np.ndarray, codes: Mapping[int, str], blood: Sequence[str
                          f"or, with the layout pairs, say what they mean (--labels \"{unknown[0][0]:g}=NAME\")")
     return np.isin(labels, [code for code, kind in codes.items() if kind in blood])
 
-# %% ../nbs/14_layouts.ipynb #9f23d0b8
+# %% ../nbs/14_layouts.ipynb #b4ca451a
 RATERS = ("majority", "union", "one")
 
 

@@ -81,7 +81,7 @@ def sole_writer(folder: str | Path, wait: bool = True) -> Iterator[None]:
         finally:
             path.unlink(missing_ok=True)
 
-# %% ../nbs/03_locks.ipynb #e9366a21
+# %% ../nbs/03_locks.ipynb #db54d9ec
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 

@@ -46,7 +46,7 @@ def find_weights(name: str | Path, kind: str = "model") -> Path:
     Raises: ValueError that lists the shipped ones for a word that is neither; FileNotFoundError as `shipped`.
     """
     path = Path(name)
-    if path.exists() or path.suffix or len(path.parts) > 1:
+    if path.is_file() or path.suffix or len(path.parts) > 1:
         return path
     there = shipped(kind)
     if str(name) not in there:

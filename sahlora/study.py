@@ -6,12 +6,13 @@
 __all__ = ['CohortSpec', 'RateSpec', 'FoldsSpec', 'project_folder', 'project_path', 'Section', 'PhantomSpec', 'CtIchSpec',
            'FolderSpec', 'PairsSpec', 'TrainingSpec', 'RunSpec', 'NetworkSpec', 'FixedFold', 'DrawnFolds', 'Study',
            'nearest', 'claims_plan', 'read_study', 'network_of', 'strategy_of', 'expand_runs', 'describe_study',
-           'check_parameters', 'make_cohort', 'make_folds', 'training_values', 'base_at_hand']
+           'check_parameters', 'make_cohort', 'check_folders', 'make_folds', 'training_values', 'base_at_hand']
 
 # %% ../nbs/42_study.ipynb #55452bef
 import ast
 import difflib
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from itertools import product
@@ -38,7 +39,7 @@ def project_folder(start: str | Path | None = None) -> Path:
 
 
 def project_path(path: str | Path) -> Path:
-    "A path as written in a study: environment variables expanded, relative to the project. Raises: ValueError if unset."
+    "A path as written in a study: environment variables expanded, relative to the project."
     expanded = os.path.expandvars(os.path.expanduser(str(path)))
     return project_folder() / expanded
 
@@ -208,6 +209,8 @@ def _explain(error: Mapping[str, Any]) -> str:
         part: Any = next((_PARTS[word] for word in reversed(error["loc"][:-1]) if word in _PARTS), Study)
         keys = list(part.model_fields)
         return f"{where}: this key is unknown; did you mean {nearest(error['loc'][-1], keys)!r}? There are: {', '.join(keys)}"
+    if error["type"] == "missing":
+        return f"{where}: must be given"
     hint = ""
     if isinstance(value, str) and "number" in error["msg"] or "integer" in error["msg"]:
         hint = "; YAML reads 1e-3 as text, write 1.0e-3" if "e" in str(value).lower() else ""
@@ -297,7 +300,8 @@ def read_study(path: str | Path) -> Study:
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML ({error})") from error
     except ValidationError as error:
-        lines = "\n  ".join(_explain(one) for one in error.errors())
+        wrong = sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a mistyped key explains a missing one
+        lines = "\n  ".join(map(_explain, wrong))
         raise ValueError(f"{path}:\n  {lines}") from error
     _check_parts(study, str(path))
     _check_runs(study, str(path))
@@ -444,6 +448,18 @@ def make_cohort(spec: "CohortSpec | dict[str, Any]", folder: str | Path) -> "Coh
     return Cohort.read(project_path(spec.path))
 
 # %% ../nbs/42_study.ipynb #202dd150
+def check_folders(study: Study, where: str | Path) -> None:
+    "Are the folders there that a study names? Raises: ValueError for a variable that is not set, FileNotFoundError."
+    for name, spec in (("source", study.source), ("target", study.target)):
+        path = getattr(spec, "path", None)
+        if isinstance(spec, CtIchSpec):
+            _real_folder(spec.path)
+        elif path and (unset := re.findall(r"\$\{?(\w+)", os.path.expandvars(path))):
+            raise ValueError(f"{where}: {name}.path: the variable {unset[0]} is not set; set it, or write the folder in its place")
+        elif path and not project_path(path).is_dir():
+            raise FileNotFoundError(f"{where}: {name}.path: {project_path(path)}: no such folder")
+
+
 def _import_pairs(spec: PairsSpec, folder: str | Path) -> "Cohort":
     "A user's scans as a cohort. Raises: ValueError that lists the scans that can not be used, FileNotFoundError."
     from sahlora.imports import import_cohort

@@ -406,11 +406,11 @@ def _region_legend(net: nn.Module) -> list:
     return [Patch(label=f"{r}: {region_parameters(net, r):,}", **style[r]) for r in style]
 
 # %% ../nbs/20_unet.ipynb #2e2b70b3
-def _draw_boxes(axes: Any, net: nn.Module, boxes: _Boxes, size: int) -> None:
+def _draw_boxes(axes: Any, net: nn.Module, boxes: _Boxes, size: tuple[int, int]) -> None:
     "Boxes with title, channels, size and parameters; every number is read from the network."
     from matplotlib.patches import FancyBboxPatch
 
-    shapes = activations(*_on_meta(net, size, size), boxes)
+    shapes = activations(*_on_meta(net, *size), boxes)
     for name, (title, x, y) in boxes.items():
         before, after = shapes[name]
         style = {"boxstyle": "round,pad=0,rounding_size=0.06", "zorder": 2, **_box_style(net, name)}
@@ -436,10 +436,11 @@ def _draw_arrows(axes: Any, arrows: list, joins: list, labels: list) -> None:
         axes.text(x, y, text, ha=align, va="center", size=6, color="#303030")
 
 # %% ../nbs/20_unet.ipynb #ffa0efa7
-def draw_network(net: nn.Module, size: int = 512, width_cm: float = 12.0) -> "Figure":
-    """Architecture of a MultiViewUnet or Unet as a matplotlib Figure: channels, sizes for a size x size slice, regions.
+def draw_network(net: nn.Module, size: int | tuple[int, int] = 512, width_cm: float = 12.0) -> "Figure":
+    """Architecture of a MultiViewUnet or Unet as a matplotlib Figure: channels, sizes for a slice, regions.
 
-    Legible at a width of 12 cm. Raises: ValueError for another network, or a size that does not fit its levels.
+    `size`: rows and columns of the slice, one number if they are the same. Legible at a width of 12 cm.
+    Raises: ValueError for another network, or a size that does not fit its levels.
     """
     from matplotlib.figure import Figure
 
@@ -453,7 +454,7 @@ def draw_network(net: nn.Module, size: int = 512, width_cm: float = 12.0) -> "Fi
     figure = Figure(figsize=(width_cm * cm, (bottom - top) * 0.33 * grid_cm * cm), dpi=150)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(-0.45, 2.45), ylim=(bottom, top))
     axes.axis("off")
-    _draw_boxes(axes, net, boxes, size)
+    _draw_boxes(axes, net, boxes, (size, size) if isinstance(size, int) else size)
     _draw_arrows(axes, arrows, joins, labels)
     levels = f"{net.levels} level{'s' if net.levels > 1 else ''}: {region_parameters(net, 'all'):,} parameters"
     axes.text(1, top + 0.3, f"{'Multi-view Unet' if multi_view else 'Unet'}, {levels}", ha="center", size=8)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pickle
 import random
 import warnings
@@ -835,6 +836,20 @@ def test_compressing_in_training_or_under_autocast_compresses_all_of_the_update(
     for name, layer in adapted_layers(net).items():
         gap = (delta_weight(layer).detach() - before[name]).norm() / before[name].norm()
         assert gap < 2e-3 and made.errors[name] == pytest.approx(gap.item(), abs=1e-5)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of files are POSIX's")
+def test_colleagues_may_read_what_was_saved(tmp_path):
+    net = toy()
+    adapt(net, "convlora", rank=2, where="down.*")
+    before = os.umask(0o027)
+    try:
+        save_adapter(net, tmp_path / "mine.safetensors")
+        to_peft(net, tmp_path / "peft")
+    finally:
+        os.umask(before)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) == 3 and {path.stat().st_mode & 0o777 for path in written} == {0o640}
 
 
 def test_empty_adapters_change_nothing(tmp_path):

@@ -218,3 +218,15 @@ def test_completed_words_are_those_of_the_package():
     assert set(words(("pretrain",), "network")) == set(NETWORKS)
     assert set(words(("finetune",), "method")) <= set(strategy_words())
     assert set(words(("cohort", "import"), "layout")) == set(LAYOUTS)
+
+
+def test_a_study_outside_a_checkout_says_so(tmp_path, monkeypatch):
+    "As in an environment that holds the package alone."
+    monkeypatch.setattr("sahlora.study.project_path", lambda path: tmp_path / path)
+    for word in ("run", "plan"):
+        said = run("study", word, "smoke.yaml")
+        assert said.exit_code == 2 and "in a checkout of the project" in said.output
+    monkeypatch.undo()
+    monkeypatch.setattr("sahlora.cli.studies.find_spec", lambda name: None)
+    said = run("study", "plan", "paper/studies/smoke.yaml")
+    assert said.exit_code == 2 and "psutil, snakemake, papermill missing" in said.output

@@ -231,6 +231,8 @@ def test_not_hu(save):
     brain = (head() > 10) & (head() < 70)
     assert np.abs(ct.hu[brain] - head()[brain]).max() < 0.2 and any("0 to 255" in note for note in ct.notes)
     refused(save(head() + 1024), "rescale intercept")
+    refused(save((head() > 60).astype(np.uint8), name="mask.nii.gz"), "a mask's values alone", "name the scan")
+    refused(save(np.clip(head(), 0, 1200), name="mri.nii.gz"), "MRI can not be read")
     refused(save(np.clip(head(), -1000, 80)), "no bone above 300")
     clipped = save(np.clip(head(), 0, 80))
     refused(clipped, "--window")

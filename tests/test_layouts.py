@@ -191,9 +191,23 @@ def test_a_phantom_imported_again_stays_one(tmp_path, site, kept):
     cohort = make_phantom_cohort(tmp_path / "phantoms", "asah", cases=2, seed=5, grid=(32, 40), slices=12)
     again = import_cohort("pairs", cohort.folder, tmp_path / "again", site=site).cohort
     assert set(again.table.site) == {kept} and len(again) == 2
+    assert again.patients == cohort.patients, "and its patients are who they were"
     shutil.rmtree(tmp_path / "again")
     (cohort.folder / "cohort.csv").unlink()
     assert set(import_cohort("pairs", cohort.folder, tmp_path / "again").cohort.table.site) == {"pairs"}
+
+
+def test_two_scans_of_a_patient_stay_together_when_imported_again(tmp_path):
+    cohort = make_phantom_cohort(tmp_path / "one", "asah", 3, seed=4, grid=(32, 40), slices=6)
+    table = cohort.table.assign(patient=["ann", "ben", "ann"])
+    table.to_csv(cohort.folder / "cohort.csv", index=False)
+    assert import_cohort("pairs", cohort.folder, tmp_path / "again").cohort.table.patient.tolist() == ["ann", "ben", "ann"]
+    said = {case: f"p{k}" for k, case in enumerate(table.case)}
+    assert import_cohort("pairs", cohort.folder, tmp_path / "other", patients=said).cohort.table.patient.tolist() == ["p0", "p1", "p2"]
+    table[:2].to_csv(cohort.folder / "cohort.csv", index=False)
+    with pytest.raises(ValueError, match=f"cohort.csv: no patient for {table.case[2]}; add them"):
+        import_cohort("pairs", cohort.folder, tmp_path / "third")
+    assert not (tmp_path / "third").exists()
 
 
 def test_pairs_with_a_map(tmp_path):

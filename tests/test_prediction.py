@@ -14,9 +14,10 @@ import torch
 from scipy import ndimage
 from torch import nn
 
-from sahlora.adapters import adapt, adapters, save_adapter
+from sahlora.adapters import adapt, adapters, merged_copy, save_adapter
 from sahlora.ct import HeadCT, read_ct, write_like, write_nifti
 from sahlora.files import read_json
+from sahlora.models import find_weights
 from sahlora.phantom import make_case
 from sahlora.prediction import InputSpec, Prediction, find_cases, load_model, overlay_sheet, predict_cases, predict_scan
 from sahlora.prediction import cases as cases_module
@@ -413,9 +414,23 @@ def test_a_model_and_its_adapter_come_from_files(tmp_path, net, ct):
     plain, header = load_model(tmp_path / "m.safetensors")
     merged, _ = load_model(tmp_path / "m.safetensors", tmp_path / "a.safetensors")
     assert InputSpec.from_header(header) == InputSpec((0, 80), 0.5) and weights_hash(plain) == weights_hash(net)
-    found = [predict_scan(n, ct, precision="fp32").probabilities for n in (plain, merged, net, adapted)]
+    spec = InputSpec((0, 80), 0.5)
+    found = [predict_scan(n, ct, precision="fp32", spec=s).probabilities for n, s in ((plain, None), (merged, None), (net, spec), (adapted, spec))]
     assert np.abs(found[0] - found[2]).max() < 1e-6 and np.abs(found[1] - found[3]).max() < 1e-5
     assert np.abs(found[0] - found[1]).max() > 1e-3 and adapters(merged) == []
+
+
+def test_a_network_that_was_read_keeps_the_pixels_it_was_trained_on():
+    "Shipped weights, with and without an adapter, adapted again and merged: what `predict_scan` does without a word."
+    ct = noise((60, 72, 3))
+    for adapter in (None, find_weights("cp-lora", "adapter")):
+        net, header = load_model(find_weights("phantom"), adapter)
+        spec = InputSpec.from_header(header)
+        assert spec.resample and spec != InputSpec()
+        found, told, plain = (predict_scan(net, ct, **more).probabilities for more in ({}, {"spec": spec}, {"spec": InputSpec()}))
+        assert np.array_equal(found, told) and not np.allclose(found, plain)
+        adapt(net, "cp-lora", rank=2, name="mine")
+        assert np.allclose(predict_scan(merged_copy(net), ct).probabilities, told, atol=1e-5)
 
 
 def test_files_that_are_no_model_are_named(tmp_path, net, model):

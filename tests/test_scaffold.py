@@ -1,4 +1,5 @@
 """The scaffold keeps its promises: one place for each setting, pins that agree, an export that is checked."""
+import ast
 import json
 import re
 import shutil
@@ -100,6 +101,25 @@ def test_notebooks_hold_no_error_and_no_long_cell(project):
                 lines = [line for line in "".join(cell["source"]).splitlines() if line.strip()]
                 assert len(lines) <= 30, f"{where}: {len(lines)} lines"
                 assert all(output["output_type"] != "error" for output in cell["outputs"]), where
+
+
+def shown_errors(source):
+    "The try statements of a cell that show an error."
+    lines = [line for line in source.splitlines() if not line.startswith(("%", "!", "#|"))]
+    tries = [node for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, ast.Try)]
+    return [node for node in tries if any(getattr(call.func, "id", "") == "print" for handler in node.handlers
+                                          for call in ast.walk(handler) if isinstance(call, ast.Call))]
+
+
+def test_an_error_that_a_notebook_shows_must_come(project):
+    found = 0
+    for path in sorted((project / "nbs").rglob("*.ipynb")):
+        for i, cell in enumerate(json.loads(path.read_text())["cells"]):
+            source = "".join(cell["source"])
+            for node in shown_errors(source) if cell["cell_type"] == "code" and not source.startswith("#| export") else ():
+                found += 1
+                assert node.orelse or any(isinstance(one, ast.Raise) for one in ast.walk(node)), f"{path.name} cell {i}: raise where no error came"
+    assert found > 30
 
 
 @pytest.fixture(scope="module")

@@ -118,6 +118,8 @@ def test_names_are_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("cp-dora").write_text("")
     assert find_weights("cp-dora", "adapter") == Path("cp-dora"), "a file goes before a name"
+    Path("cp-lora").mkdir()
+    assert find_weights("cp-lora", "adapter") == WEIGHTS / "cp-lora.safetensors", "a folder of runs hides no shipped adapter"
     assert find_weights("none/model.safetensors") == Path("none/model.safetensors")
     for word, kind, hint in (("cplora", "adapter", "did you mean 'cp-lora'"), ("phantm", "model", "did you mean 'phantom'"),
                              ("phantom", "adapter", "There are: lora-c")):

@@ -5,6 +5,7 @@ import nbformat
 import pytest
 import yaml
 
+from sahlora.batch import make_batch
 from sahlora.provenance import Reach, code_hash
 from sahlora.tables import rate_table
 from sahlora.study import (check_parameters, expand_runs, make_cohort, network_of, read_study, strategy_of,
@@ -82,6 +83,28 @@ def test_every_mistake_is_said_at_once(write):
     with pytest.raises(ValueError) as error:
         read_study(write("folds", 1))
     assert "stepz" in str(error.value) and "folds" in str(error.value)
+
+
+def test_a_mistyped_key_is_said_before_the_one_that_is_missing(write, tmp_path):
+    content = yaml.safe_load(write("runz", [{"method": "none"}]).read_text(encoding="utf-8"))
+    del content["runs"]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError) as error:
+        read_study(tmp_path / "mine.yaml")
+    first, second = str(error.value).splitlines()[1:]
+    assert "runz" in first and "did you mean 'runs'" in first and second.strip() == "runs: must be given"
+
+
+@pytest.mark.parametrize("path, error, words", [
+    ("$SAHLORA_NOWHERE/scans", ValueError, "target.path: the variable SAHLORA_NOWHERE is not set; set it, or write the folder in its place"),
+    ("${SAHLORA_NOWHERE}", ValueError, "the variable SAHLORA_NOWHERE is not set"),
+    ("/nowhere/scans", FileNotFoundError, "target.path: /nowhere/scans: no such folder"),
+])
+def test_a_folder_that_is_not_there_is_told_before_anything_runs(write, tmp_path, path, error, words):
+    study = write("target", {"layout": "pairs", "path": path})
+    with pytest.raises(error) as said:
+        make_batch(study, tmp_path / "runs")
+    assert words in str(said.value) and "mine.yaml" in str(said.value) and not (tmp_path / "runs").exists()
 
 
 def test_an_unknown_study_lists_the_others(project):

@@ -554,6 +554,8 @@ def test_drawing_shows_the_network(make, levels, tmp_path):
     drawn = sorted(int(t.split("\n")[1].split()[0].replace(",", "")) for t in boxes)
     assert drawn == sorted(count(net.get_submodule(name)) for name in net.regions["all"])
     assert any(f"{net.in_channels}→" in t for t in texts)
+    oblong = [t.get_text() for t in draw_network(net, size=(80, 64)).axes[0].texts]
+    assert any("80×64 px" in t for t in oblong) and not any("64×64 px" in t for t in oblong)
     legend = [t.get_text() for t in figure.axes[0].get_legend().get_texts()]
     assert set(legend) == {f"{r}: {region_parameters(net, r):,}" for r in REGIONS - {"all"}}
     assert figure.get_size_inches()[0] == pytest.approx(12 / 2.54)

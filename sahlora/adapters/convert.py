@@ -65,7 +65,7 @@ def to_peft(net: nn.Module, folder: str | Path, name: str | None = None) -> Path
 
     Raises: ValueError where PEFT means something else or has no place for it, RuntimeError (none, or merged), OSError.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     name = require(net, name)
     refuse_merged(net, "converting an adapter")
@@ -88,7 +88,7 @@ def to_peft(net: nn.Module, folder: str | Path, name: str | None = None) -> Path
     layers = {n: part for n, (_, part) in parts.items()}
     tensors = {key: t.cpu().contiguous().clone() for key, t in tensors.items()}
     with atomic_path(Path(folder) / "adapter_model.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
     write_json(Path(folder) / "adapter_config.json", _settings(config, layers, bool(METHODS[config.method].wrapper)))
     return Path(folder)
 

@@ -39,10 +39,14 @@ def _looks_like_hu(hu: np.ndarray, name: str) -> None:
                if found.mean() < SHARE]
     if not missing and high < 1e5:
         return
-    if high >= 1e5:
+    if np.isin(hu, (0, 1, 255)).all():
+        guess = "it holds a mask's values alone; name the scan"
+    elif high >= 1e5:
         guess = "values far beyond HU: the file is damaged or its scaling is lost; export it again"
     elif low >= 0 and high > 1500:
         guess = "it may be HU + 1024 with its rescale intercept lost; export it again with HU"
+    elif low >= 0 and high > 255:
+        guess = "MRI can not be read; if it is CT that was clipped to a window, say which (--window 0,300)"
     else:
         guess = ("it looks windowed or 8-bit; export HU, or say the window if it is known (--window 0,80 for a brain "
                  "window; values that lie inside the window are taken as HU)")

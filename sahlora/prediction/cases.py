@@ -42,6 +42,7 @@ from ..training import load_network
 def load_model(path: str | Path, adapter: str | Path | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """The network in a model file, an adapter merged into it if one is named, and the model's header.
 
+    The network keeps the header's `InputSpec`: `predict_scan` then brings scans to the pixels it was trained on.
     Raises: FileNotFoundError; ValueError for a file that is damaged, no model, or of another base than the adapter's.
     """
     if not Path(path).is_file():
@@ -51,7 +52,7 @@ def load_model(path: str | Path, adapter: str | Path | None = None) -> tuple[nn.
         raise ValueError(f"{path}: is an adapter; name it as --adapter, and the network it was trained on as --model")
     try:
         net, header = load_network(path)
-        InputSpec.from_header(header)
+        vars(net)["input_spec"] = InputSpec.from_header(header)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         text = f"{error}" if str(path) in str(error) else f"{path}: its header and weights do not fit ({error})"
         raise ValueError(text) from error

@@ -296,15 +296,18 @@ def check_numbers(threshold: float, batch: int | None) -> None:
         raise ValueError(f"batch {batch!r} is not a whole number of at least 1 (--batch)")
 
 
-def predict_scan(net: nn.Module, ct: HeadCT, *, spec: InputSpec = InputSpec(), threshold: float = 0.5,
+def predict_scan(net: nn.Module, ct: HeadCT, *, spec: InputSpec | None = None, threshold: float = 0.5,
                  tta: bool = False, device: str = "auto", batch: int | None = None, precision: str = "auto",
                  progress: bool = False) -> Prediction:
-    """Probabilities, mask and mL of blood for a head CT. `spec`: what the network was trained on (its file says).
+    """Probabilities, mask and mL of blood for a head CT.
+
+    `spec`: what the network was trained on; by default what its file says, if `load_model` read it, else `InputSpec()`.
 
     Raises: ValueError for options that can not be, or a network that gives no numbers; MemoryError when one slice is
     too much for the device.
     """
     check_numbers(threshold, batch)
+    spec = spec or vars(net).get("input_spec") or InputSpec()
     started, engine = time.perf_counter(), _engine(net, device, precision)
     asked = min(batch or default_batch(network_grid(ct, spec), engine.device), ct.hu.shape[2])
     with tqdm(total=ct.hu.shape[2], desc=Path(ct.source).name, unit="slice", disable=not progress, leave=False) as bar:
