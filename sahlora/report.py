@@ -97,7 +97,7 @@ def _always(results: Mapping[str, Any], histories: pd.DataFrame, pictures: Mappi
             "dice": lambda: dice_by_strategy(rows, synthetic, title=title, summaries=() if title else results["summaries"]),
             "overlays": lambda: overlays(_examples(pictures), synthetic, titles)}
 
-
+# %% ../nbs/71_report.ipynb #30f39841
 def figure_makers(results: Mapping[str, Any], histories: pd.DataFrame,
                   pictures: Mapping[str, np.ndarray]) -> dict[str, Callable[[], Figure]]:
     "name -> what draws it, for every figure that a study has data for."

@@ -6,7 +6,7 @@
 __all__ = ['CohortSpec', 'RateSpec', 'FoldsSpec', 'project_folder', 'project_path', 'Section', 'PhantomSpec', 'CtIchSpec',
            'FolderSpec', 'PairsSpec', 'TrainingSpec', 'RunSpec', 'NetworkSpec', 'FixedFold', 'DrawnFolds', 'Study',
            'nearest', 'claims_plan', 'read_study', 'network_of', 'strategy_of', 'expand_runs', 'describe_study',
-           'check_parameters', 'make_cohort', 'check_folders', 'make_folds', 'training_values', 'base_at_hand']
+           'check_parameters', 'make_cohort', 'make_folds', 'check_folders', 'training_values', 'base_at_hand']
 
 # %% ../nbs/42_study.ipynb #55452bef
 import ast
@@ -448,18 +448,6 @@ def make_cohort(spec: "CohortSpec | dict[str, Any]", folder: str | Path) -> "Coh
     return Cohort.read(project_path(spec.path))
 
 # %% ../nbs/42_study.ipynb #202dd150
-def check_folders(study: Study, where: str | Path) -> None:
-    "Are the folders there that a study names? Raises: ValueError for a variable that is not set, FileNotFoundError."
-    for name, spec in (("source", study.source), ("target", study.target)):
-        path = getattr(spec, "path", None)
-        if isinstance(spec, CtIchSpec):
-            _real_folder(spec.path)
-        elif path and (unset := re.findall(r"\$\{?(\w+)", os.path.expandvars(path))):
-            raise ValueError(f"{where}: {name}.path: the variable {unset[0]} is not set; set it, or write the folder in its place")
-        elif path and not project_path(path).is_dir():
-            raise FileNotFoundError(f"{where}: {name}.path: {project_path(path)}: no such folder")
-
-
 def _import_pairs(spec: PairsSpec, folder: str | Path) -> "Cohort":
     "A user's scans as a cohort. Raises: ValueError that lists the scans that can not be used, FileNotFoundError."
     from sahlora.imports import import_cohort
@@ -480,7 +468,7 @@ def _real_folder(path: str) -> Path:
         raise FileNotFoundError(f"{path}: no such folder.\n{CT_ICH_HELP}")
     return folder
 
-
+# %% ../nbs/42_study.ipynb #826e1204
 def make_folds(spec: "int | FixedFold | DrawnFolds", cohort: "Cohort", path: str | Path) -> "list[Fold]":
     """The folds that a study asks for: those in the file `path`, drawn and written there when there is none.
 
@@ -492,6 +480,18 @@ def make_folds(spec: "int | FixedFold | DrawnFolds", cohort: "Cohort", path: str
         return folds_for(cohort, path, split=Fold(tuple(spec.train), tuple(spec.test), spec.fit))
     drawn = DrawnFolds(count=spec) if isinstance(spec, int) else spec
     return folds_for(cohort, path, drawn.method, drawn.count, drawn.seed)
+
+# %% ../nbs/42_study.ipynb #a4338b3e
+def check_folders(study: Study, where: str | Path) -> None:
+    "Are the folders there that a study names? Raises: ValueError for a variable that is not set, FileNotFoundError."
+    for name, spec in (("source", study.source), ("target", study.target)):
+        path = getattr(spec, "path", None)
+        if isinstance(spec, CtIchSpec):
+            _real_folder(spec.path)
+        elif path and (unset := re.findall(r"\$\{?(\w+)", os.path.expandvars(path))):
+            raise ValueError(f"{where}: {name}.path: the variable {unset[0]} is not set; set it, or write the folder in its place")
+        elif path and not project_path(path).is_dir():
+            raise FileNotFoundError(f"{where}: {name}.path: {project_path(path)}: no such folder")
 
 # %% ../nbs/42_study.ipynb #29baec87
 def training_values(study: Study, network: str = "") -> dict[str, Any]:

@@ -283,7 +283,7 @@ def test_other_errors_of_a_network_are_not_hidden():
 
 
 REAL_SHORTAGE = """
-import resource, numpy as np
+import resource, sys, numpy as np
 from sahlora.ct import HeadCT
 from sahlora.prediction import predict_scan
 from sahlora.unet import MultiViewUnet
@@ -291,7 +291,7 @@ hu = np.random.default_rng(0).normal(30, 30, (256, 256, 5)).astype(np.float32)
 affine, net = np.diag([-0.5, -0.5, 5, 1.0]), MultiViewUnet(levels=1)
 predict_scan(net, HeadCT(hu[:32, :32], affine))
 pages = int(open("/proc/self/statm").read().split()[0])
-limit = pages * resource.getpagesize() + 160 * 2**20
+limit = pages * resource.getpagesize() + int(sys.argv[1]) * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 found = predict_scan(net, HeadCT(hu, affine), batch=5, precision="fp32")
 print(found.batch, found.notes)
@@ -300,9 +300,14 @@ print(found.batch, found.notes)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux to limit a process's memory")
 def test_a_process_that_really_runs_short_goes_on_with_a_smaller_batch():
-    done = subprocess.run([sys.executable, "-c", REAL_SHORTAGE], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout[0]) < 5 and "memory was short" in done.stdout
+    "How much is short depends on the machine's allocator, so several limits are tried; too little for a slice is said in words."
+    for room in (160, 224, 288, 352, 416):
+        done = subprocess.run([sys.executable, "-c", REAL_SHORTAGE, str(room)], capture_output=True, text=True, timeout=120)
+        if not done.returncode and int(done.stdout[0]) < 5:
+            assert "memory was short" in done.stdout
+            return
+        assert not done.returncode or "MemoryError: scan: not enough memory on cpu for one slice" in done.stderr, done.stderr
+    pytest.fail("no limit made a process go on with a smaller batch")
 
 
 def test_a_network_that_gives_no_numbers_is_not_taken_for_one_without_blood():

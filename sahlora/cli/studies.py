@@ -30,7 +30,7 @@ def _check_tools() -> None:
     if missing := [name for name in ("psutil", "snakemake", "papermill") if not find_spec(name)]:
         raise ValueError(f"{', '.join(missing)} missing; a study needs the development tools (make setup, or pip install -e '.[dev]')")
 
-
+# %% ../../nbs/80_cli.studies.ipynb #7a634146
 @study.command("run")
 def study_run(file: _File, cores: _Cores = 2, runs: _Runs = Path("runs"), profile: _Profile = None) -> None:
     """Run a study to its report.html and paper.pdf. The same command goes on where an earlier one ended, whatever ended it.
@@ -47,7 +47,7 @@ def study_run(file: _File, cores: _Cores = 2, runs: _Runs = Path("runs"), profil
 
     raise typer.Exit(run_study(make_batch(file, runs, cores, profile)))
 
-
+# %% ../../nbs/80_cli.studies.ipynb #cb8bc4b6
 @study.command("plan")
 def study_plan(file: _File, cores: _Cores = 2, runs: _Runs = Path("runs")) -> None:
     """Show what would run and about how long, by timing a few steps on this machine. It runs nothing of the study.
