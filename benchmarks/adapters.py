@@ -701,13 +701,17 @@ def processor() -> str:
     return f"{values.get('model name', platform.machine())} ({', '.join([*kind, *flags])})"
 
 
+def gpu(device: str) -> list[str]:
+    "What there is to say of the GPU that a benchmark used; nothing on a CPU."
+    if device != "cuda":
+        return []
+    cudnn = torch.backends.cudnn
+    return [f"GPU: {torch.cuda.get_device_name()}; CUDA {torch.version.cuda}; cuDNN {cudnn.version()}; TF32 in convolutions: {cudnn.allow_tf32}"]
+
+
 def facts(run: Run, seconds: float, load: float) -> str:
     "The machine and the settings, without names or paths."
-    lines = [f"Processor: {processor()}, {os.cpu_count()} cores; threads used: {torch.get_num_threads()}"]
-    if run.device == "cuda":
-        cudnn = torch.backends.cudnn
-        lines.append(f"GPU: {torch.cuda.get_device_name()}; CUDA {torch.version.cuda}; cuDNN {cudnn.version()}; "
-                     f"TF32 in convolutions: {cudnn.allow_tf32}")  # fmt: skip
+    lines = [f"Processor: {processor()}, {os.cpu_count()} cores; threads used: {torch.get_num_threads()}", *gpu(run.device)]
     packages = ("torch", "sahlora", "peft", "lycoris_lora")
     lines.append(f"Python {platform.python_version()}; " + ", ".join(f"{p} {library(p)}" for p in packages))
     lines.append("Environment: " + ", ".join(f"{key}={os.environ[key]}" for key in SETTINGS))

@@ -23,17 +23,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from adapters import SETTINGS, processor, settle, shown, table, write
+from adapters import SETTINGS, gpu, processor, settle, shown, table, write
 from torch import nn
 
 from sahlora.ct import HeadCT, window
+from sahlora.hardware import choose_device
 from sahlora.phantom import make_case
 from sahlora.prediction import predict_scan
 from sahlora.unet import MultiViewUnet
 
 ALLOCATOR = {key: value for key, value in SETTINGS.items() if key.startswith("MALLOC")}  # threads stay torch's choice
-SWEEPS = {512: (1, 2, 4, 8), 64: (1, 16, 64)}  # pixels: batch sizes
-SLICES = {512: 8, 64: 64}  # of the sweeps' scans
+DEVICE = choose_device()
+# Pixels: batch sizes; and slices of the sweeps' scans.
+SWEEPS = {512: (1, 8, 32, 64), 64: (1, 64, 256)} if DEVICE.type == "cuda" else {512: (1, 2, 4, 8), 64: (1, 16, 64)}
+SLICES = {512: 64, 64: 256} if DEVICE.type == "cuda" else {512: 8, 64: 64}
 CHILD = "--child"  # how the program calls itself
 Jobs = dict[str, Callable[[], object]]
 
@@ -55,8 +58,8 @@ def network() -> nn.Module:
 @torch.inference_mode()
 def plain_loop(net: nn.Module, ct: HeadCT) -> np.ndarray:
     "One slice at a time, fp32, contiguous: probabilities (X, Y, Z)."
-    images = torch.from_numpy(window(ct.slices()))[:, None]
-    return torch.cat([net(image[None]).sigmoid() for image in images])[:, 0].permute(2, 1, 0).numpy()
+    images, net = torch.from_numpy(window(ct.slices()))[:, None], net.to(DEVICE)
+    return torch.cat([net(image[None].to(DEVICE)).sigmoid().cpu() for image in images])[:, 0].permute(2, 1, 0).numpy()
 
 
 def interleave(jobs: Jobs, rounds: int) -> dict[str, list[float]]:
@@ -159,7 +162,7 @@ def main() -> None:
         found = child(f"{'sweeps' if allocator else 'time'}:{options.rounds}", allocator)
         threads = found["threads"]
         sections.append(section(title, found, {p: child(f"peak:{p}", allocator) for p in ("bf16", "fp32")}))
-    facts = [f"Processor: {processor()}, {os.cpu_count()} cores; threads used: {threads}",
+    facts = [f"Processor: {processor()}, {os.cpu_count()} cores; threads used: {threads}; device {DEVICE}", *gpu(DEVICE.type),
              f"Python {platform.python_version()}, torch {torch.__version__}",
              "sahlora's settings: " + ", ".join(f"{key}={value}" for key, value in ALLOCATOR.items()),
              f"Load of the machine before the start: {load:.1f}; the run took "

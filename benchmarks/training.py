@@ -1,6 +1,6 @@
 """Slices per second, share of the machine's arithmetic, and memory of training, written as one Markdown file.
 
-    python benchmarks/training.py [--rounds 3] [--out benchmarks/training.md]
+    python benchmarks/training.py [--rounds 3] [--speeds] [--out benchmarks/training.md]
 
 The plain loop is the way of the paper's group: batches of two slices, one with blood, each augmented by itself; fp32,
 contiguous, MONAI's loss, Adam. All candidates run in one process and in turn, round after round in a fresh order, after an
@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from adapters import SETTINGS, processor, shown, table, write
+from adapters import SETTINGS, gpu, processor, shown, table, write
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,12 +40,13 @@ from sahlora.transfer import cross_validate
 from sahlora.unet import MultiViewUnet
 
 ADAPTERS = ("lora-c", "convlora", "cp-lora", "dora-c", "convdora", "cp-dora")
-BATCH, STEPS, PLAIN_BATCH = 8, {256: 3, 64: 20}, 2
-MATRIX = 2048  # rows and columns of the products that measure the machine
+DEVICE = choose_device()
+BATCH, PLAIN_BATCH = 8, 2
+# Steps by pixels, and rows of the products that measure the machine: enough to be timed.
+STEPS, MATRIX = ({256: 40, 64: 60}, 8192) if DEVICE.type == "cuda" else ({256: 3, 64: 20}, 2048)
 CHILD = "--child"  # how the program calls itself
 Jobs = dict[str, Callable[[], object]]
 Seconds = dict[str, list[float]]
-DEVICE = choose_device()
 
 
 # --- the plain loop -----------------------------------------------------------------------------------------------
@@ -267,10 +268,12 @@ def answer(task: str, folder: Path) -> object:
     return {"many": many, "precisions": precisions}[kind](folder)
 
 
-def prepare_folder(folder: Path) -> None:
+def prepare_folder(folder: Path, speeds_alone: bool) -> None:
     "Phantoms on disk; caches of the slices are made here as well."
     for pixels in STEPS:
         open_store(cohort_of(folder, pixels))
+    if speeds_alone:
+        return
     for name, kind, cases in (("source", "tbi", 12), ("target", "asah", 12)):
         make_phantom_cohort(folder / name, kind, cases, 41, (64, 80))
     few = make_phantom_cohort(folder / "few", "asah", 4, 9, (64, 80))
@@ -335,11 +338,27 @@ def settings_section(folder: Path, rounds: int, threads: int) -> str:
                         table(["", "slices/s", "to the first line"], rows)])
 
 
+def other_sections(folder: Path, rounds: int, threads: int) -> list[str]:
+    "What is not a table of speeds: the allocator, many cases, and the two precisions."
+    sections = [settings_section(folder, rounds, threads)]
+    cold, warm = (child("many", folder / "many", True, threads) for _ in range(2))
+    sections.append("\n\n".join(["## Many cases", f"{warm['cases']} cases, {warm['slices']} slices of 64 x 80 (links to four phantoms):",
+        table(["cache", "cohort opened, s", "first step done, s", "peak memory, MiB"],
+              [[name, f"{m['opened']:.1f}", f"{m['first']:.1f}", m["peak"]] for name, m in (("cold", cold), ("warm", warm))])]))
+    dice = child("precisions", folder, True, threads)
+    apart = [abs(a - b) for a, b in zip(dice["fp32"], dice["bf16"])]
+    sections.append("\n\n".join(["## bf16 against fp32", "Pre-training (400 steps) and CP-LoRA (100 steps) in either precision, soft "
+        f"Dice of six phantoms (synthetic, no clinical claim): fp32 {statistics.mean(dice['fp32']):.3f}, bf16 "
+        f"{statistics.mean(dice['bf16']):.3f}; a patient differs by {statistics.mean(apart):.3f} in the mean, {max(apart):.3f} at most."]))
+    return sections
+
+
 def main() -> None:
     "Measure, then write the file."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each table")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of every process")
+    parser.add_argument("--speeds", action="store_true", help="the tables of slices per second alone")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"), help="file to write")
     parser.add_argument(CHILD, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -347,24 +366,16 @@ def main() -> None:
         print(json.dumps(answer(options.child[0], Path(options.child[1]))))
         return
     begin, load, folder = time.perf_counter(), os.getloadavg()[0], Path(tempfile.mkdtemp())
-    prepare_folder(folder)
+    prepare_folder(folder, options.speeds)
     sections = [section(child(f"speeds:{pixels}:{options.rounds}:", folder, True, options.threads), pixels) for pixels in STEPS]
-    sections.append(settings_section(folder, options.rounds, options.threads))
-    cold, warm = (child("many", folder / "many", True, options.threads) for _ in range(2))
-    sections.append("\n\n".join(["## Many cases", f"{warm['cases']} cases, {warm['slices']} slices of 64 x 80 (links to four phantoms):",
-        table(["cache", "cohort opened, s", "first step done, s", "peak memory, MiB"],
-              [[name, f"{m['opened']:.1f}", f"{m['first']:.1f}", m["peak"]] for name, m in (("cold", cold), ("warm", warm))])]))
-    dice = child("precisions", folder, True, options.threads)
-    apart = [abs(a - b) for a, b in zip(dice["fp32"], dice["bf16"])]
-    sections.append("\n\n".join(["## bf16 against fp32", "Pre-training (400 steps) and CP-LoRA (100 steps) in either precision, soft "
-        f"Dice of six phantoms (synthetic, no clinical claim): fp32 {statistics.mean(dice['fp32']):.3f}, bf16 "
-        f"{statistics.mean(dice['bf16']):.3f}; a patient differs by {statistics.mean(apart):.3f} in the mean, {max(apart):.3f} at most."]))
+    sections += [] if options.speeds else other_sections(folder, options.rounds, options.threads)
     shutil.rmtree(folder)
-    facts = [f"Processor: {processor()}, {os.cpu_count()} cores; device {DEVICE}, threads {options.threads}",
+    facts = [f"Processor: {processor()}, {os.cpu_count()} cores; device {DEVICE}, threads {options.threads}", *gpu(DEVICE.type),
              f"Python {platform.python_version()}, torch {torch.__version__}, precision auto is {choose_precision(DEVICE)}",
              "Our allocator settings: " + ", ".join(f"{k}={v}" for k, v in SETTINGS.items() if k.startswith("MALLOC")),
              f"Load of the machine before the start: {load:.1f}; the run took {(time.perf_counter() - begin) / 60:.1f} minutes"]
-    command = f"python benchmarks/training.py --rounds {options.rounds} --threads {options.threads} --out {shown(options.out)}"
+    command = (f"python benchmarks/training.py --rounds {options.rounds} --threads {options.threads}{' --speeds' * options.speeds}"
+               f" --out {shown(options.out)}")
     parts = ["# Speed and memory of training", f"Made by `{command}`. MultiViewUnet(levels=2), phantoms.",
              "\n".join(f"- {fact}" for fact in facts), *sections]
     write(options.out, "\n\n".join(parts) + "\n")
