@@ -2,35 +2,40 @@
 
     python benchmarks/devices.py paper/results runs/demo-gpu/report --out benchmarks/devices.md
 
-Each folder is a report of a study: results.json, patients.csv, cost.json. Strategies that both ran with the same seed are compared.
+Each folder is a report of a study; demo-gpu is paper/studies/demo.yaml under another name with `seeds: [0]`, run with `--cores 12` on a
+machine with a GPU. Runs that both have are compared, so a study of fewer seeds may stand beside one of more.
 Synthetic, no clinical claim.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from adapters import shown, table, write
 from scipy.stats import spearmanr
 
+from sahlora.claims import Claim, Plan, judge
 from sahlora.figures.style import label
 from sahlora.files import read_json
-from sahlora.results import strategy_name
+from sahlora.results import read_results, strategy_name, tested_rows
 
-KEY = ["run", "patient"]
-
-
-def scores(folder: Path) -> pd.Series:
-    "Soft Dice by run and test patient."
-    rows = pd.read_csv(folder / "patients.csv")
-    return rows[rows.role == "test"].set_index(KEY).dice_soft
+Results = dict[str, Any]
 
 
-def hardware(folder: Path) -> str:
-    "Processor or GPU, torch, and the hours that a report's runs took together."
-    cost, results = pd.DataFrame(read_json(folder / "cost.json")).T, read_json(folder / "results.json")
+def hardware(folder: Path, results: Results) -> str:
+    "Processor or GPU, torch, jobs, and the seconds of one."
+    cost = pd.DataFrame(read_json(folder / "cost.json")).T
+    trained = cost[cost.seconds.astype(float) > cost.seconds.astype(float).median() / 2].seconds.astype(float)
     made = " and ".join(sorted(set(cost.processor)))
-    return f"{made}, torch {results['provenance']['torch']}, {len(cost)} jobs, {cost.seconds.astype(float).sum() / 3600:.2f} h in all"
+    seeds = ", ".join(map(str, sorted({run["seed"] for run in results["runs"]})))
+    return (f"{made}, torch {results['provenance']['torch']}; seeds {seeds}; {len(cost)} jobs, {cost.seconds.astype(float).sum() / 3600:.2f} h together; "
+            f"a run that trains takes {trained.median():.0f} s (one thread, jobs side by side)")  # fmt: skip
+
+
+def soft_dice(rows: pd.DataFrame) -> pd.Series:
+    "By run and patient."
+    return rows.set_index(["run", "patient"]).dice_soft
 
 
 def compared(one: pd.Series, other: pd.Series) -> pd.DataFrame:
@@ -49,10 +54,27 @@ def seeds_apart(one: pd.Series) -> float:
     return float(pd.Series([gap for gap in pairs if gap > 0]).mean())
 
 
-def verdicts(folders: list[Path]) -> str:
-    "The claims, and what came of each on either side."
-    ledgers = [read_json(folder / "results.json")["claims"] for folder in folders]
-    return table(["claim", "first", "second"], [[a["claim"], a["verdict"], b["verdict"]] for a, b in zip(*ledgers)])
+def ledger(results: Results, runs: set[str]) -> list[Claim]:
+    "The claims from these runs alone."
+    rows = tested_rows(results)
+    rows = rows[rows.run.isin(runs)]
+    trainable = {run["id"]: run["trainable"] for run in results["runs"] if run["id"] in set(rows.run)}
+    return judge(rows, trainable, Plan(**results["plan"]))
+
+
+def outcome(claim: Claim) -> str:
+    "Verdict, effect and interval."
+    if claim.effect is None or claim.interval is None:
+        return claim.verdict
+    return f"{claim.verdict}, {claim.effect:+.3f} ({claim.interval[0]:+.3f} to {claim.interval[1]:+.3f})"
+
+
+def claims_table(one: Results, other: Results, common: set[str]) -> str:
+    "What comes of each claim on either side; the first from all its runs, and from those that both have."
+    every = {run["id"] for run in one["runs"]}
+    ledgers = [ledger(one, every), ledger(one, common), ledger(other, common)]
+    rows = [[three[0].claim, *map(outcome, three)] for three in zip(*ledgers)]
+    return table(["claim", "first, all runs", "first, the same runs", "second"], rows, words=4)
 
 
 def main() -> None:
@@ -61,22 +83,24 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs=2, help="two reports of a study")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"), help="file to write")
     options = parser.parse_args()
-    one, other = (scores(folder) for folder in options.folders)
+    results = [read_results(folder)[0] for folder in options.folders]
+    one, other = (soft_dice(pd.DataFrame(each["patients"]).query("role == 'test'")) for each in results)
     rows = compared(one, other)
-    trained = rows[rows.gap.abs() > 0]
     lines = [[label(strategy_name(run)), f"{r.one:.3f}", f"{r.other:.3f}", f"{r.gap:+.3f}", f"{r.each:.3f}", f"{r.most:.3f}"]
-             for run, r in rows.iterrows()]  # fmt: skip
-    rho = spearmanr(trained.one, trained.other).statistic
+             for run, r in rows.sort_index().iterrows()]  # fmt: skip
+    adapters = rows[["lora" in run or "dora" in run for run in rows.index]]
     command = f"python benchmarks/devices.py {shown(options.folders[0])} {shown(options.folders[1])} --out {shown(options.out)}"
     summary = (
-        "Soft Dice per patient of the runs that both have. **Synthetic, no clinical claim.** Means of strategies differ by "
-        f"{trained.gap.abs().mean():.3f} in the mean and {trained.gap.abs().max():.3f} at most; two seeds on the first machine by "
-        f"{seeds_apart(one):.3f} in the mean. The order of the strategies agrees with Spearman's rho {rho:.2f}."
+        f"Soft Dice of the {len(rows)} runs that both have. **Synthetic, no clinical claim.** Rounding differs between processors, so the base "
+        f"network differs and with it every run. Means of strategies are {rows.gap.abs().mean():.3f} apart in the mean and "
+        f"{rows.gap.abs().max():.3f} at most; two seeds on the first machine are {seeds_apart(one):.3f} apart in the mean. The order of all "
+        f"strategies agrees with Spearman's rho {spearmanr(rows.one, rows.other).statistic:.2f}, that of the adapters alone with "
+        f"{spearmanr(adapters.one, adapters.other).statistic:.2f}."
     )
-    machines = [f"- {name}: {hardware(folder)}" for name, folder in zip(("first", "second"), options.folders)]
+    machines = [f"- {name}: {hardware(*pair)}" for name, pair in zip(("first", "second"), zip(options.folders, results))]
     scored = table(["strategy", "first", "second", "difference", "of a patient, mean", "largest"], lines)
-    parts = ["# One study on two kinds of hardware", f"Made by `{command}`.", "\n".join(machines),
-             summary, scored, "## Claims", verdicts(options.folders)]  # fmt: skip
+    parts = ["# One study on two kinds of hardware", f"Made by `{command}`.", "\n".join(machines), summary,
+             "## Claims", "Verdict, effect and 95 % interval.", claims_table(*results, set(rows.index)), "## Scores", scored]  # fmt: skip
     write(options.out, "\n\n".join(parts) + "\n")
     print(options.out)
 

@@ -4,8 +4,8 @@
 
 The plain loop takes one slice at a time through the same network, fp32, contiguous, its batch norms as they are. All
 candidates run in one process and in turn, round after round, in a fresh order, after an untimed one; a ratio is taken
-within a round. The main table is made twice, in two processes: with the allocator settings that sahlora's programs
-choose, and with glibc's.
+within a round. On a CPU the main table is made twice, in two processes: with the allocator settings that sahlora's
+programs choose, and with glibc's.
 """
 
 import argparse
@@ -97,7 +97,8 @@ def peak(precision: str) -> dict[str, object]:
     status = Path("/proc/self/status").read_text()
     resident = int(status.split("VmRSS:")[1].split()[0]) // 1024
     prediction = predict_scan(net, ct, precision=precision)
-    return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, "loaded": resident,
+    gpu_peak = torch.cuda.max_memory_allocated() // 2**20 if DEVICE.type == "cuda" else 0
+    return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, "loaded": resident, "gpu": gpu_peak,
             "precision": prediction.precision, "batch": prediction.batch}
 
 
@@ -140,6 +141,7 @@ def section(title: str, found: dict[str, object], memory: dict[str, dict]) -> st
              f"{found['apart']['max']:.1e} at most (an untrained network)."]  # fmt: skip
     parts += ["Peak memory of the whole process: " + "; ".join(
         f"{m['precision']}, {m['batch']} at once: {m['peak']} MiB ({m['loaded']} MiB before predicting)"
+        + (f", {m['gpu']} MiB of the GPU's" if m["gpu"] else "")
         for m in memory.values()) + "."]  # fmt: skip
     return "\n\n".join(parts + [sweep_table(pixels, seconds) for pixels, seconds in found["sweeps"].items()])
 
@@ -156,7 +158,9 @@ def main() -> None:
         print(json.dumps(peak(argument) if kind == "peak" else measure(int(argument), kind == "sweeps")))
         return
     begin, load = time.perf_counter(), os.getloadavg()[0]
-    settings = {"With sahlora's allocator settings": ALLOCATOR, "With glibc's own allocator settings": {}}
+    settings = {"With sahlora's allocator settings": ALLOCATOR}
+    if DEVICE.type == "cpu":  # on a GPU the allocator of the host hardly matters
+        settings["With glibc's own allocator settings"] = {}
     sections, threads = [], 0
     for title, allocator in settings.items():
         found = child(f"{'sweeps' if allocator else 'time'}:{options.rounds}", allocator)

@@ -43,7 +43,7 @@ ADAPTERS = ("lora-c", "convlora", "cp-lora", "dora-c", "convdora", "cp-dora")
 DEVICE = choose_device()
 BATCH, PLAIN_BATCH = 8, 2
 # Steps by pixels, and rows of the products that measure the machine: enough to be timed.
-STEPS, MATRIX = ({256: 40, 64: 60}, 8192) if DEVICE.type == "cuda" else ({256: 3, 64: 20}, 2048)
+STEPS, MATRIX = ({256: 20, 64: 20}, 8192) if DEVICE.type == "cuda" else ({256: 3, 64: 20}, 2048)
 CHILD = "--child"  # how the program calls itself
 Jobs = dict[str, Callable[[], object]]
 Seconds = dict[str, list[float]]
