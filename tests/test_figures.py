@@ -261,6 +261,17 @@ def test_words_of_regions_never_meet():
         assert len(boxes) == 6 and not any(one.overlaps(two) for i, one in enumerate(boxes) for two in boxes[:i])
 
 
+def test_a_baseline_far_below_is_written_and_does_not_press_the_rest_together():
+    at = {"none": (0.1, 0.05, 0.15)}
+    rows = [{**row, **dict(zip(("mean", "low", "high"), at.get(row["strategy"], (0.6, 0.55, 0.65))))} for row in LARGE.summaries]
+    fig = dice_by_parameters(LARGE.runs, rows)
+    for ax in fig.axes:
+        assert "↓ No fine-tuning 0.100 (0.050 to 0.150)" in [text.get_text() for text in ax.texts]
+        assert ax.get_ylim()[0] > 0.5 and "No fine-tuning" not in ax.get_legend_handles_labels()[1]
+        assert "Norm statistics" in ax.get_legend_handles_labels()[1]
+    check_whole(fig)
+
+
 def test_overview_counts():
     text = words(study_overview(LARGE.results(failed=[{"id": "scratch-s1"}], missing=["none-s1", "none-s0"])))
     for line in ("26 strategies", "× 2 seeds", "× 3 folds", "52 runs in all", "1 failed", "2 never run", "30 patients tested",
@@ -339,7 +350,7 @@ def test_one_fit_per_run_and_fold_in_curves():
     fig = learning_curves({"cp-lora-r8-decoding": LARGE.histories["none"]})
     assert len(fig.axes) == 1 and len(fig.axes[0].lines) == 6
     many = learning_curves(LARGE.histories)
-    assert len(many.axes) == 30 and [len(ax.lines) for ax in many.axes] == [1] * 27 + [0] * 3
+    assert len(many.axes) == 28 and [len(ax.lines) for ax in many.axes] == [1] * 27 + [0]
 
 
 @pytest.mark.parametrize("columns, rows", [(1, 1), (3, 3), (7, 3)])

@@ -103,9 +103,9 @@ def learning_curves(histories: Mapping[str, pd.DataFrame], synthetic: bool = Tru
     if not shown:
         return nothing("nothing was trained", synthetic)
     many = len(shown) > 8
-    columns = 6 if many else min(len(shown), 4)
+    columns = min((6, 5, 7), key=lambda n: -len(shown) % n) if many else min(len(shown), 4)  # few gaps
     rows = -(-len(shown) // columns)
-    with styled(PAGE, rows * (1.15 if many else 1.7) + 0.3) as fig:
+    with styled(PAGE, rows * (1.0 if many else 1.7) + 0.3) as fig:
         axes = fig.subplots(rows, columns, sharey=True, sharex=many, squeeze=False)
         for i, (ax, (name, curves)) in enumerate(zip(axes.flat, shown.items())):
             _draw_curves(ax, curves, _color(name), many)

@@ -17,6 +17,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from .style import (BLACK, BLUE, COLUMN, GREEN, GREY, ORANGE, PAGE, VERMILION, family, finish, label, look, nothing, parts,
@@ -205,12 +206,20 @@ def _parameter_rows(runs: Sequence[Mapping[str, Any]], summaries: Sequence[Mappi
     return table.drop_duplicates("name")
 
 
-def _baselines(ax: Axes, table: pd.DataFrame) -> None:
-    "What trains no parameter, as lines; none with a band for its interval."
+def _baselines(ax: Axes, table: pd.DataFrame, low: float, high: float) -> None:
+    "What trains no parameter: lines, none with a band for its interval; words where they lie far from `low` to `high`."
+    far, span = [], max(0.05, high - low)
     for row in table[table.trainable == 0].itertuples():
-        if row.method == "none" and pd.notna(row.low) and pd.notna(row.high):
+        interval = pd.notna(row.low) and pd.notna(row.high)
+        if row.mean < low - span / 2:  # a line there would press all else together
+            far.append(f"↓ {label(row.name)} {row.mean:.3f}" + f" ({row.low:.3f} to {row.high:.3f})" * interval)
+            continue
+        if row.method == "none" and interval:
             ax.axhspan(row.low, row.high, color=GREY, alpha=0.12, lw=0)
         ax.axhline(row.mean, color=GREY, lw=0.8, ls=":" if row.method == "norm-stats" else "--", label=label(row.name))
+    if far:
+        ax.set_ylim(low - 0.2 * span, high + 0.05 * span)
+        ax.annotate("\n".join(far), (0, 0), (3, 3), xycoords="axes fraction", textcoords="offset points", fontsize=5.5, color=GREY)
 
 
 def _regions(ax: Axes, table: pd.DataFrame, gap: float) -> None:
@@ -219,20 +228,19 @@ def _regions(ax: Axes, table: pd.DataFrame, gap: float) -> None:
     for row in table.sort_values("mean").itertuples():
         _points(ax, [row.trainable], table.loc[[row.Index]], row.name, line=False, own=False)
         y = max(row.mean, y + gap)
-        ax.annotate(row.region or "scratch", (row.trainable, y), (4, 0), textcoords="offset points", fontsize=5.5, va="center")
+        ax.annotate(row.region or "scratch", (row.trainable, y), (4, 0), textcoords="offset points", fontsize=5.5, va="center",
+                    path_effects=[withStroke(linewidth=1.5, foreground="white")], zorder=5)
 
 # %% ../../nbs/70_figures.results.ipynb #3539e44d
-def _panel(ax: Axes, adapters: pd.DataFrame, rest: pd.DataFrame, gap: float) -> None:
-    "Adapters, a line over ranks each, beside what they are measured by."
-    _baselines(ax, rest[rest.trainable == 0])
-    _regions(ax, rest[rest.trainable > 0], gap)
+def _panel(ax: Axes, adapters: pd.DataFrame, rest: pd.DataFrame, low: float, high: float) -> None:
+    "Adapters, a line over ranks each, beside what they are measured by; `low` to `high`: what all that is trained spans."
+    _baselines(ax, rest, low, high)
+    _regions(ax, rest[rest.trainable > 0], 0.06 * max(0.05, high - low))
     for (method, region), line in adapters.groupby(["method", "region"], sort=False):
         line = line.sort_values("trainable")
         _points(ax, line.trainable, line, method if region == "decoding" else f"{method}-{region}")
-        for row in line.itertuples():
-            ax.annotate(f"{row.rank:g}", (row.trainable, row.mean), (4, 2), textcoords="offset points", fontsize=5.5,
-                        color=look(method)["color"])
-    ax.set(xscale="log", xlabel="trainable parameters" + " (numbers: rank)" * bool(len(adapters)))
+    ranks = ", ".join(f"{rank:g}" for rank in sorted(set(adapters["rank"].dropna())))
+    ax.set(xscale="log", xlabel="trainable parameters" + f" (lines: rank {ranks}, from left)" * bool(ranks))
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.xaxis.set_minor_formatter(NullFormatter())
@@ -247,12 +255,12 @@ def dice_by_parameters(runs: Sequence[Mapping[str, Any]], summaries: Sequence[Ma
     adapters = table[(table.trainable > 0) & ~table.method.isin(("fine-tuning", "scratch"))]
     dora = adapters.method.str.contains("dora").astype(bool)
     panels = [part for part in (adapters[~dora], adapters[dora]) if len(part)] or [adapters]
-    values = table[["mean", "low", "high"]].astype(float)
-    gap = 0.06 * max(0.05, values.max(axis=None) - values.min(axis=None))
+    values = table.loc[table.trainable > 0, ["mean", "low", "high"]].astype(float)
+    low, high = values.min(axis=None), values.max(axis=None)
     with styled(PAGE if len(panels) > 1 else COLUMN, 2.7) as fig:
         axes = fig.subplots(1, len(panels), sharey=True, sharex=True, squeeze=False)[0]
         for ax, part in zip(axes, panels):
-            _panel(ax, part, table[~table.name.isin(adapters.name)], gap)
+            _panel(ax, part, table[~table.name.isin(adapters.name)], low, high)
         axes[0].set(ylabel="mean soft Dice")
         return finish(fig, synthetic)
 
