@@ -239,8 +239,9 @@ def _panel(ax: Axes, adapters: pd.DataFrame, rest: pd.DataFrame, low: float, hig
     for (method, region), line in adapters.groupby(["method", "region"], sort=False):
         line = line.sort_values("trainable")
         _points(ax, line.trainable, line, method if region == "decoding" else f"{method}-{region}")
-    ranks = ", ".join(f"{rank:g}" for rank in sorted(set(adapters["rank"].dropna())))
-    ax.set(xscale="log", xlabel="trainable parameters" + f" (lines: rank {ranks}, from left)" * bool(ranks))
+    ranks = [f"{rank:g}" for rank in sorted(set(adapters["rank"].dropna()))]
+    words = {0: "", 1: f" (rank {', '.join(ranks)})"}.get(len(ranks), f" (lines: ranks {', '.join(ranks)} from left)")
+    ax.set(xscale="log", xlabel=f"trainable parameters{words}")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.xaxis.set_minor_formatter(NullFormatter())
