@@ -141,7 +141,7 @@ def captions(results: Mapping[str, Any]) -> dict[str, str]:
         "amounts": "Soft Dice by number of training patients; the largest number is all of a fold's.",
         "overlays": f"CT, annotation and prediction at probability 0.5, of {shown['strategies_rule']}: {shown['patients_rule']}, each at"
                     " the slice with most annotated blood.",
-        "ledger": f"The claims: effect with its 95 % interval (of equivalence, claim 4, at {1 - 2 * results['plan']['alpha']:.0%}), and verdict."
+        "ledger": f"The claims: effect with its 95 % interval (of equivalence, claim 4, at {100 * (1 - 2 * results['plan']['alpha']):.0f} %), and verdict."
                   " A dotted line is the margin of what is comparable."}
     return {"network": "The network, drawn from its own modules."} | {name: text + note for name, text in words.items()}
 

@@ -212,7 +212,7 @@ def power_line(results: Mapping[str, Any]) -> str:
     if power is None or power["smallest"] is None:
         return ""
     return (f"With {power['n']} patients, a paired test against {label(power['reference'])} shows a difference of {number(power['smallest'])} "
-            f"in {power['wanted']:.0%} of studies (SD of the differences here: {number(power['sd'])}); smaller ones are mostly missed.")
+            f"in {100 * power['wanted']:.0f} % of studies (SD of the differences here: {number(power['sd'])}); smaller ones are mostly missed.")
 
 # %% ../nbs/71_tables.ipynb #b09aa576
 def seed_table(results: Mapping[str, Any]) -> pd.DataFrame:
