@@ -79,19 +79,24 @@ def run_all(page, url: str, notebook: str, copy: Path) -> dict:
     "Open a notebook, forget its outputs, run all cells, wait for the last, save; the notebook as saved."
     page.goto(f"{url}/tree/{notebook}?reset")
     page.wait_for_selector(f"{PANEL} .jp-Cell", timeout=120_000)
-    page.wait_for_selector(f"{PANEL} .jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=120_000)
-    for entry in ("Clear Outputs of All Cells", "Run All Cells"):
-        page.click(f"text='{'Edit' if entry.startswith('Clear') else 'Run'}' >> nth=0")
-        page.click(f".lm-Menu-itemLabel:text-is('{entry}')")
-    page.wait_for_timeout(2000)
-    page.wait_for_selector(f"{PANEL} .jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=240_000)
-    page.keyboard.press("Control+s")
-    path, deadline = copy / "nbs" / notebook, time.monotonic() + 30
+    asked = page.locator(".jp-Dialog .jp-mod-accept")  # JupyterLab asks for the kernel where the list of kernels comes late
+    page.add_locator_handler(asked, lambda button: button.click())
+    path, deadline = copy / "nbs" / notebook, time.monotonic() + 300
     while time.monotonic() < deadline:
+        if asked.is_visible():
+            asked.click()
+        page.wait_for_selector(f"{PANEL} .jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=120_000)
+        for entry in ("Clear Outputs of All Cells", "Run All Cells"):
+            page.click(f"text='{'Edit' if entry.startswith('Clear') else 'Run'}' >> nth=0")
+            page.click(f".lm-Menu-itemLabel:text-is('{entry}')")
+        page.wait_for_timeout(3000)  # a kernel that has not begun is idle too
+        page.wait_for_selector(f"{PANEL} .jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=240_000)
+        page.keyboard.press("Control+s")
+        page.wait_for_timeout(2000)
         saved = json.loads(path.read_text())
         if all(cell["execution_count"] for cell in saved["cells"] if cell["cell_type"] == "code" and "".join(cell["source"]).strip()):
             return saved
-        time.sleep(0.5)
+    seen(page, f"{Path(notebook).stem}-not-run")
     raise AssertionError(f"{notebook}: not every cell was run: "
                          f"{[(c['execution_count'], c['source'][:60]) for c in saved['cells'] if c['cell_type'] == 'code']}")
 
