@@ -12,7 +12,7 @@ COPY settings.ini constraints.txt setup.py pyproject.toml README.md LICENSE Make
 COPY sahlora sahlora
 # PyTorch's own index has it without CUDA, some gigabytes less; for a GPU: --build-arg TORCH_INDEX=https://pypi.org/simple
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN PIP_EXTRA_INDEX_URL="$TORCH_INDEX" make setup && rm -rf /root/.cache/pip
+RUN PIP_NO_CACHE_DIR=1 PIP_EXTRA_INDEX_URL="$TORCH_INDEX" make setup
 COPY . .
 RUN touch .venv/.ready
 

@@ -63,12 +63,16 @@ def together(method: str, jobs: int, steps: int, folder: Path) -> list[dict[str,
         old.unlink()
     command = [sys.executable, __file__, CHILD, method, str(steps), str(folder)]
     running = [subprocess.Popen([*command, str(k)], stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) for k in range(jobs)]
-    while len(list(folder.glob("ready-*"))) < jobs:
-        if any(one.poll() for one in running):
-            sys.exit(f"a job of {method} failed")
-        time.sleep(0.05)
-    (folder / "go").touch()
-    return [json.loads(one.communicate()[0].splitlines()[-1]) for one in running]
+    try:
+        while len(list(folder.glob("ready-*"))) < jobs:
+            if any(one.poll() is not None for one in running):
+                sys.exit(f"a job of {method} ended before it began to train; see its error above")
+            time.sleep(0.05)
+        (folder / "go").touch()
+        return [json.loads(one.communicate()[0].splitlines()[-1]) for one in running]
+    finally:  # the others would wait for ever
+        for one in running:
+            one.kill()
 
 
 def main() -> None:
@@ -83,6 +87,8 @@ def main() -> None:
         method, steps, folder, number = options.child
         print(json.dumps(job(method, int(steps), Path(folder), int(number))))
         return
+    if options.jobs[0] != 1:
+        parser.error("--jobs begins with 1: the others are set against one job alone")
     folder = Path(tempfile.mkdtemp())
     open_store(make_phantom_cohort(folder / "cohort", "asah", 2, 7, GRID, workers=1))
     rows = []
@@ -91,7 +97,7 @@ def main() -> None:
         for jobs in options.jobs:
             found = together(method, jobs, options.steps, folder)
             rate = sum(options.steps * BATCH / one["seconds"] for one in found)
-            alone = alone or rate / jobs
+            alone = alone or rate
             rows.append([method, jobs, f"{rate:.1f}", f"{rate / alone:.2f}", f"{rate / jobs / alone:.2f}", sum(one["memory"] for one in found) or None])
             print(*rows[-1], file=sys.stderr, flush=True)
     shutil.rmtree(folder)
@@ -99,7 +105,7 @@ def main() -> None:
              f"Python {platform.python_version()}, torch {torch.__version__}, precision auto is {choose_precision(DEVICE)}"]  # fmt: skip
     jobs = " ".join(map(str, options.jobs))
     command = f"python benchmarks/sharing.py --jobs {jobs} --steps {options.steps} --out {shown(options.out)}"
-    head = ["", "jobs at a time", "slices/s of all", "to one job alone", "speed of a job, to alone", "GPU memory of all, MiB"]
+    head = ["", "jobs at a time", "slices/s of all", "to one job alone", "speed of a job, to alone", "GPU memory that torch reserved, MiB"]
     parts = ["# Training jobs that share a device", f"Made by `{command}`. MultiViewUnet(levels=2), batches of {BATCH} slices of "
              f"{GRID[0]} x {GRID[1]}; adapters at rank 8 in the decoding region.", "\n".join(f"- {fact}" for fact in facts), table(head, rows)]
     write(options.out, "\n\n".join(parts) + "\n")

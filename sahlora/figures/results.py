@@ -207,8 +207,8 @@ def _parameter_rows(runs: Sequence[Mapping[str, Any]], summaries: Sequence[Mappi
 
 
 def _baselines(ax: Axes, table: pd.DataFrame, low: float, high: float) -> None:
-    "What trains no parameter: lines, none with a band for its interval; words where they lie far from `low` to `high`."
-    far, span = [], max(0.05, high - low)
+    "What trains no parameter: lines, none with a band for its interval; words where they lie far below `low` to `high`."
+    far, span = [], high - low
     for row in table[table.trainable == 0].itertuples():
         interval = pd.notna(row.low) and pd.notna(row.high)
         if row.mean < low - span / 2:  # a line there would press all else together
@@ -235,7 +235,7 @@ def _regions(ax: Axes, table: pd.DataFrame, gap: float) -> None:
 def _panel(ax: Axes, adapters: pd.DataFrame, rest: pd.DataFrame, low: float, high: float) -> None:
     "Adapters, a line over ranks each, beside what they are measured by; `low` to `high`: what all that is trained spans."
     _baselines(ax, rest, low, high)
-    _regions(ax, rest[rest.trainable > 0], 0.06 * max(0.05, high - low))
+    _regions(ax, rest[rest.trainable > 0], 0.06 * (high - low))
     for (method, region), line in adapters.groupby(["method", "region"], sort=False):
         line = line.sort_values("trainable")
         _points(ax, line.trainable, line, method if region == "decoding" else f"{method}-{region}")
@@ -257,7 +257,8 @@ def dice_by_parameters(runs: Sequence[Mapping[str, Any]], summaries: Sequence[Ma
     dora = adapters.method.str.contains("dora").astype(bool)
     panels = [part for part in (adapters[~dora], adapters[dora]) if len(part)] or [adapters]
     values = table.loc[table.trainable > 0, ["mean", "low", "high"]].astype(float)
-    low, high = values.min(axis=None), values.max(axis=None)
+    low = values.min(axis=None)
+    high = max(low + 0.05, values.max(axis=None))
     with styled(PAGE if len(panels) > 1 else COLUMN, 2.7) as fig:
         axes = fig.subplots(1, len(panels), sharey=True, sharex=True, squeeze=False)[0]
         for ax, part in zip(axes, panels):
