@@ -37,7 +37,7 @@ STRATEGIES = {"all": {}, "cp-lora": {"rank": 8}}
 def job(method: str, steps: int, folder: Path, number: int) -> dict[str, float]:
     "Train when the others are ready: seconds, and the GPU's memory in MiB."
     keep_memory()
-    store = open_store(Cohort.read(folder / "cohort"))
+    store = open_store(Cohort.read(folder / "cohort"), 4)
     torch.manual_seed(0)
     net = MultiViewUnet(levels=2)
 
@@ -90,7 +90,7 @@ def main() -> None:
     if options.jobs[0] != 1:
         parser.error("--jobs begins with 1: the others are set against one job alone")
     folder = Path(tempfile.mkdtemp())
-    open_store(make_phantom_cohort(folder / "cohort", "asah", 2, 7, GRID, workers=1))
+    open_store(make_phantom_cohort(folder / "cohort", "asah", 2, 7, GRID, workers=1), 4)
     rows = []
     for method in STRATEGIES:
         alone = None

@@ -184,7 +184,7 @@ def cohort_of(folder: Path, pixels: int) -> Cohort:
 
 def speeds(folder: Path, pixels: int, rounds: int, only: tuple[str, ...] = ()) -> Seconds:
     "Seconds of every candidate for BATCH * STEPS slices."
-    store, steps = open_store(Cohort.read(folder / str(pixels))), STEPS[pixels]
+    store, steps = open_store(Cohort.read(folder / str(pixels)), 4), STEPS[pixels]
     hu, masks = store.read(range(len(store)))
     data = Slices(hu[:, 0].numpy(), masks[:, 0].numpy())
     jobs: dict[str, Callable[[], Callable[[], object]]] = {
@@ -202,7 +202,7 @@ def speeds(folder: Path, pixels: int, rounds: int, only: tuple[str, ...] = ()) -
 def many(folder: Path) -> dict[str, object]:
     "A cohort of many cases: seconds until the first step of training is done, and peak memory of this process in MiB."
     begin, first = time.perf_counter(), []
-    store = open_store(Cohort.read(folder))
+    store = open_store(Cohort.read(folder), 4)
     opened = time.perf_counter() - begin
     net = MultiViewUnet(levels=2)
     net.first.register_full_backward_hook(lambda *_: first.append(time.perf_counter() - begin))
@@ -271,7 +271,7 @@ def answer(task: str, folder: Path) -> object:
 def prepare_folder(folder: Path, speeds_alone: bool) -> None:
     "Phantoms on disk; caches of the slices are made here as well."
     for pixels in STEPS:
-        open_store(cohort_of(folder, pixels))
+        open_store(cohort_of(folder, pixels), 4)
     if speeds_alone:
         return
     for name, kind, cases in (("source", "tbi", 12), ("target", "asah", 12)):

@@ -14,9 +14,9 @@ _LAZY = {"MultiViewUnet": "unet", "Unet": "unet", "METHODS": "adapters", "adapt"
 
 
 def __getattr__(name: str) -> object:
-    "`sahlora.adapt` and its like, imported on first use; `sahlora.__version__`, as installed."
+    '`sahlora.adapt` and its like, imported on first use; `sahlora.__version__`, "unknown" where it is not installed.'
     if name == "__version__":
-        return import_module("importlib.metadata").version("sahlora")
+        return import_module("sahlora.files").package_version("sahlora")
     if name in _LAZY:
         return getattr(import_module(f"sahlora.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'sahlora' has no attribute {name!r}; it has {', '.join(sorted(_LAZY))}")

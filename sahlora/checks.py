@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Scan', 'find_duplicates', 'check_disjoint', 'check_voxels', 'check_leakage', 'CohortReport', 'attempt', 'grouped',
-           'check_cohort']
+           'placed_notes', 'mask_notes', 'check_cohort']
 
 # %% ../nbs/13_checks.ipynb #3931e324
 import math
@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from .cohort import Cohort, check_binary, check_grid, voxel_hash, window_of
+from .cohort import Cohort, check_binary, check_grid, to_hu, voxel_hash, window_of
 from .ct import read_nifti
-from .ct.check import check_hu, check_placed
+from .ct.check import check_hu, check_placed, some_of, visible
 from .ct.nifti import Nifti
 from .files import file_hash, plain_words
 
@@ -50,16 +50,11 @@ def find_duplicates(*cohorts: Cohort) -> list[tuple[Scan, ...]]:
                    for patient, (case, voxels) in zip(cohort.table.patient, cohort.voxels.items()))
 
 # %% ../nbs/13_checks.ipynb #1a63210d
-def _first(texts: list[str], many: int = 10) -> str:
-    "At most `many` of the texts, then how many more."
-    return ", ".join(texts[:many]) + (f" and {len(texts) - many} more" if len(texts) > many else "")
-
-
 def check_disjoint(one: Iterable[str], other: Iterable[str], what: str) -> int:
     "0, the number of shared patients. Raises: ValueError that lists patients in both."
     if shared := sorted(set(one) & set(other)):
         count = f"{len(shared)} patient{'s are' if len(shared) > 1 else ' is'}"
-        raise ValueError(f"{what}: {count} in both: {_first(shared)}")
+        raise ValueError(f"{what}: {count} in both: {some_of(shared)}")
     return 0
 
 
@@ -74,7 +69,7 @@ def check_voxels(one: Mapping[str, str], other: Mapping[str, str], what: str) ->
     if pairs := [f"{mine} = {case}" for case, voxels in other.items() for mine in known.get(voxels, [])]:
         count = f"{len(pairs)} pair{'s' * (len(pairs) > 1)}"
         raise ValueError(f"{what}: {count} of scans with the same voxels, whatever their names: "
-                         f"{_first(sorted(pairs))}; drop them from one side")
+                         f"{some_of(sorted(pairs))}; drop them from one side")
     return 0
 
 
@@ -124,49 +119,66 @@ def grouped(notes: Iterable[tuple[str, str]]) -> tuple[str, ...]:
                  for text, who in cases.items())
 
 # %% ../nbs/13_checks.ipynb #e6fb8c02
+def placed_notes(affine: np.ndarray, shape: tuple[int, ...], name: str, known: bool) -> list[str]:
+    """Notes on a scan's geometry; where its spacing is not `known`, also on what prediction will refuse.
+
+    Raises: ValueError, as `check_placed` does, where the spacing is known.
+    """
+    if known:
+        return check_placed(affine, shape, name)
+    return [f"prediction refuses it: {text}" for text in attempt(check_placed, affine, shape, name)[1]]
+
+
+def mask_notes(mask: np.ndarray) -> list[str]:
+    "Notes on a mask of 0 and 1 (X, Y, Z) that is empty, or larger than any hematoma."
+    share = float((mask > 0).mean())
+    if share > 0.25:
+        return [f"the mask covers {share:.0%} of the scan, more than any hematoma; is it the other way round?"]
+    return [] if share else ["empty mask: no blood"]
+
+# %% ../nbs/13_checks.ipynb #200b519b
 def _check_image(path: Path, row: Any) -> tuple[Nifti | None, list[str], list[str], str]:
     "An image, its problems, its notes and its voxel hash."
     scan, problems = attempt(read_nifti, path)
     if scan is None:
         return None, problems, [], ""
-    notes = list(scan.notes)
     found, wrong = attempt(check_hu, scan.array, str(path), window_of(row.intensity))
-    notes += found[1] if found and row.intensity == "hu" else []
-    placed, misplaced = attempt(check_placed, scan.affine, scan.array.shape, str(path))
-    if row.spacing == "known":
-        notes, problems = notes + (placed or []), problems + misplaced
-    if getattr(row, "sha256", "") and row.sha256 != file_hash(path):
+    if found and np.abs(np.maximum(to_hu(scan.array, row.intensity), -1024) - found[0]).max() > 1:
+        wrong = [f"{path}: prediction takes its values for HU, training for grey of {row.intensity}; store grey of 0 to 255"]
+    placed, misplaced = attempt(placed_notes, scan.affine, scan.array.shape, str(path), row.spacing == "known")
+    notes = [*scan.notes, *(found[1] if found and row.intensity == "hu" else []), *(placed or [])]
+    if row.sha256 not in ("", file_hash(path)):
         wrong.append(f"{path}: not the file that cohort.csv names (its sha256 differs); copy it again")
     voxels = voxel_hash(scan.array)
-    if getattr(row, "voxels", "") and row.voxels != voxels:
+    if row.voxels not in ("", voxels):
         wrong.append(f"{path}: other voxels than cohort.csv states (voxel hash differs); copy it again")
-    return scan, problems + wrong, notes, voxels
+    return scan, problems + misplaced + wrong, notes, voxels
 
 # %% ../nbs/13_checks.ipynb #0be1a77f
-def _check_mask(path: Path, row: Any, scan: Nifti | None) -> tuple[list[str], list[str]]:
-    "Problems and notes of a mask."
+def _check_mask(path: Path, row: Any, scan: Nifti | None) -> tuple[list[str], list[str], bool]:
+    "Problems and notes of a mask, and whether it holds blood."
     mask, problems = attempt(read_nifti, path)
     if mask is None:
-        return problems, []
+        return problems, [], False
     problems += attempt(check_grid, mask, scan, path)[1] if scan else []
     problems += attempt(check_binary, mask.array, path)[1]
-    notes = [] if mask.array.any() else ["empty mask: no blood"]
-    ml, stated = float((mask.array > 0).sum() * abs(np.linalg.det(mask.affine[:3, :3])) / 1000), float(row.blood_ml)
-    if row.spacing == "known" and math.isnan(stated):
+    notes = mask_notes(mask.array)
+    ml = float((mask.array > 0).sum() * abs(np.linalg.det(mask.affine[:3, :3])) / 1000)
+    if row.spacing == "known" and math.isnan(row.blood_ml):
         notes.append("blood_ml is empty in the table")
-    elif row.spacing == "unknown" and not math.isnan(stated):
-        problems.append(f"{path}: cohort.csv states {stated:g} mL where the spacing is unknown; empty its blood_ml")
-    elif row.spacing == "known" and not problems and abs(ml - stated) > max(0.002, 1e-3 * ml):
-        problems.append(f"{path}: holds {ml:.3f} mL, cohort.csv states {stated:.3f}; correct the table or the mask")
-    return problems, notes
+    elif row.spacing == "unknown" and not math.isnan(row.blood_ml):
+        problems.append(f"{path}: cohort.csv states {row.blood_ml:g} mL where the spacing is unknown; empty its blood_ml")
+    elif row.spacing == "known" and not problems and abs(ml - row.blood_ml) > max(0.002, 1e-3 * ml):
+        problems.append(f"{path}: holds {ml:.3f} mL, cohort.csv states {row.blood_ml:.3f}; correct the table or the mask")
+    return problems, notes, ml > 0
 
 # %% ../nbs/13_checks.ipynb #2a4aa64f
 def _strays(cohort: Cohort) -> list[tuple[str, str]]:
     "Notes on files in images/ and labels/ that the table does not name."
     named = {cohort.folder / name for name in (*cohort.table.image, *cohort.table.label)}
-    files = [path for name in ("images", "labels") for path in sorted((cohort.folder / name).glob("*.nii*"))]
-    return [(f"{path.parent.name}/{path.name}", "a file that cohort.csv does not name") for path in files
-            if path not in named]
+    folders = [folder for name in ("images", "labels") if (folder := cohort.folder / name).is_dir()]
+    return [(f"{path.parent.name}/{path.name}", "a file that cohort.csv does not name") for folder in folders
+            for path in visible(folder) if path.name.endswith((".nii", ".nii.gz")) and path not in named]
 
 
 def _twins(cohort: Cohort, voxels: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -181,19 +193,37 @@ def _twins(cohort: Cohort, voxels: list[str]) -> tuple[list[str], list[tuple[str
             notes.append((cases, "the same voxels twice"))
     return problems, notes
 
+# %% ../nbs/13_checks.ipynb #a318c4f9
+def _training_notes(cohort: Cohort, sizes: set[str], bleeding: set[str]) -> list[tuple[str, str]]:
+    "Why training will refuse a cohort: the sizes of its slices, its folds, or no blood to learn from."
+    from sahlora.folds import kfold, read_folds  # which imports this module
+
+    path = cohort.folder / "folds.json"
+    plan, why = attempt(read_folds, path, cohort) if path.is_file() else attempt(kfold, cohort.patients)
+    if bare := [str(k) for k, fold in enumerate(plan or []) if not bleeding & {*fold.train}]:
+        why.append(f"no training patient of fold {', '.join(bare)} has any blood")
+    if len(sizes) > 1:
+        why.append(f"its slices have {' and '.join(sorted(sizes))} pixels, and must be of one size when they are padded")
+    return [("the cohort", f"training refuses it: {text}") for text in why]
+
 # %% ../nbs/13_checks.ipynb #5feadbd8
 def check_cohort(folder: str | Path, progress: bool = False) -> CohortReport:
     """Read every image and mask of a cohort to its last byte and compare them with each other and with the table.
 
+    What training will refuse is a note, since the scans may still be predicted.
     Raises: FileNotFoundError without a cohort.csv, ValueError when the table itself is wrong.
     """
     cohort = Cohort.read(folder)
     problems, notes, hashes = [], _strays(cohort), []
+    sizes, bleeding = set(), set()
     for row in tqdm(list(cohort.table.itertuples()), "checking", disable=not progress, file=sys.stderr, ncols=88):
         scan, wrong, found, voxels = _check_image(cohort.folder / row.image, row)
-        mask_wrong, mask_found = _check_mask(cohort.folder / row.label, row, scan)
+        mask_wrong, mask_found, blood = _check_mask(cohort.folder / row.label, row, scan)
         problems += wrong + mask_wrong
         notes += [(row.case, note) for note in found + mask_found]
         hashes.append(voxels)
+        sizes |= {"{} x {}".format(*scan.array.shape)} if scan else set()
+        bleeding |= {row.patient} if blood else set()
     twins, known = _twins(cohort, hashes)
-    return CohortReport(cohort, tuple(problems + twins), grouped(notes + known))
+    notes += known + (_training_notes(cohort, sizes, bleeding) if not problems + twins else [])
+    return CohortReport(cohort, tuple(problems + twins), grouped(notes))

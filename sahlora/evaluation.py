@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['TIE_MM', 'MIN_LESION_ML', 'MIN_LESION_VOXELS', 'SCORES', 'VOLUMES', 'check_volumes', 'empty_side', 'dice', 'surface',
-           'place_mm', 'bounding_box', 'surface_distances', 'surface_dice', 'hausdorff', 'surface_scores',
-           'find_lesions', 'lesion_counts', 'f1', 'slice_counts', 'share', 'detection_scores', 'voxel_ml_by_slice',
-           'volumes', 'score_patient', 'summarize', 'summarize_run', 'by_bin', 'BINS', 'volume_bin']
+           'place_mm', 'bounding_box', 'surface_distances', 'voxel_edges', 'surface_tolerance', 'surface_dice',
+           'hausdorff', 'surface_scores', 'find_lesions', 'lesion_counts', 'f1', 'slice_counts', 'share',
+           'detection_scores', 'voxel_ml_by_slice', 'volumes', 'score_patient', 'known_scores', 'surface_heading',
+           'summarize', 'summarize_run', 'by_bin', 'BINS', 'volume_bin']
 
 # %% ../nbs/50_evaluation.ipynb #04e306cc
 import math
+import warnings
 from collections.abc import Iterable
 
 import numpy as np
@@ -106,14 +108,49 @@ def surface_distances(hard: np.ndarray, t: np.ndarray, ct: HeadCT) -> tuple[np.n
     return there, back
 
 # %% ../nbs/50_evaluation.ipynb #d3b0f361
-TIE_MM = 1e-6  # float32 affines: a distance of exactly the tolerance must not hang on the last bit
+TIE_MM = 1e-4  # float32 affines: a distance of exactly the tolerance must not hang on the last bit
 
 
-def surface_dice(there: np.ndarray, back: np.ndarray, tolerance_mm: float = 2.0) -> float:
-    "Normalized surface Dice of `surface_distances`; 0 where one mask is empty, NaN where both are."
-    near = sum(int((distances <= tolerance_mm + TIE_MM).sum()) for distances in (there, back))
-    total = len(there) + len(back)
-    return near / total if total else math.nan
+def voxel_edges(ct: HeadCT | None) -> tuple[float, float, float] | None:
+    "Edges in mm of a scan's voxels; None where they are no boxes of one size: spacing unknown, one slice, uneven slices, tilt."
+    if ct is None or ct.hu.shape[2] < 2 or len(ct.stacks) > 1:
+        return None
+    directions = ct.affine[:3, :3] / np.linalg.norm(ct.affine[:3, :3], axis=0)
+    slant = np.abs(directions.T @ directions - np.eye(3)).max()
+    return None if slant > math.sin(math.radians(0.5)) else ct.spacing
+
+# %% ../nbs/50_evaluation.ipynb #c23cfe0b
+def surface_tolerance(edges_mm: Iterable[float], stated: float | None = None, name: str = "the cohort") -> float | None:
+    """One tolerance in mm for scans whose longest voxel edges are `edges_mm`: `stated`, or the longest edge, rounded up to 0.1 mm.
+
+    None where no edge is known and none is stated. Raises: ValueError where `stated` is below an edge.
+    """
+    longest = max(edges_mm, default=None)
+    least = None if longest is None else math.ceil(10 * (longest - TIE_MM)) / 10
+    if least is None or stated is None:
+        return least if stated is None else stated
+    if not stated >= longest - TIE_MM:
+        raise ValueError(f"{name}: the surface tolerance of {stated:g} mm is below the longest voxel edge, {longest:g} mm; "
+                         f"state {least:g} mm or more")
+    return stated
+
+# %% ../nbs/50_evaluation.ipynb #20288cc7
+def surface_dice(hard: np.ndarray, t: np.ndarray, edges_mm: tuple[float, float, float], tolerance_mm: float) -> float:
+    """Share of the area of both surfaces within `tolerance_mm` of the other; 0 where one mask is empty, NaN where both are.
+
+    Masks (X, Y, Z) of voxels with `edges_mm`. Source: Nikolov et al. 2021, by MONAI.
+    """
+    if not hard.any() or not t.any():
+        return 0.0 if hard.any() or t.any() else math.nan
+    import torch
+    from monai.metrics import compute_surface_dice  # takes seconds to import
+
+    box = bounding_box(hard, t)
+    pair = (torch.from_numpy(np.ascontiguousarray(mask[box]))[None, None] for mask in (hard, t))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI's own calls
+        return compute_surface_dice(*pair, [tolerance_mm + TIE_MM], include_background=True, spacing=edges_mm,
+                                    use_subvoxels=True).item()
 
 # %% ../nbs/50_evaluation.ipynb #20c96638
 def hausdorff(there: np.ndarray, back: np.ndarray, percentile: float = 95.0) -> float:
@@ -123,12 +160,18 @@ def hausdorff(there: np.ndarray, back: np.ndarray, percentile: float = 95.0) -> 
     return float(max(np.percentile(there, percentile), np.percentile(back, percentile)))
 
 
-def surface_scores(hard: np.ndarray, t: np.ndarray, ct: HeadCT | None) -> dict[str, float]:
-    "nsd_2mm and hd95_mm of two masks; NaN without a scan."
-    if ct is None:
-        return {"nsd_2mm": math.nan, "hd95_mm": math.nan}
-    distances = surface_distances(hard, t, ct)
-    return {"nsd_2mm": surface_dice(*distances, 2.0), "hd95_mm": hausdorff(*distances, 95.0)}
+def surface_scores(hard: np.ndarray, t: np.ndarray, ct: HeadCT | None, tolerance_mm: float | None = None) -> dict[str, float]:
+    """nsd, its tolerance_mm, and hd95_mm of two masks; NaN where the scan does not say.
+
+    Raises: ValueError for a tolerance below the longest voxel edge.
+    """
+    scores = dict.fromkeys(("nsd", "tolerance_mm", "hd95_mm"), math.nan)
+    if ct is not None:
+        scores["hd95_mm"] = hausdorff(*surface_distances(hard, t, ct))
+    if edges := voxel_edges(ct):
+        scores["tolerance_mm"] = tolerance = surface_tolerance([max(edges)], tolerance_mm, ct.source or "this scan")
+        scores["nsd"] = surface_dice(hard, t, edges, tolerance)
+    return scores
 
 # %% ../nbs/50_evaluation.ipynb #2f6860ce
 MIN_LESION_ML, MIN_LESION_VOXELS = 0.1, 3
@@ -201,23 +244,36 @@ def volumes(p: np.ndarray, t: np.ndarray, slice_ml: np.ndarray | None) -> dict[s
     return {name: float(values.sum((0, 1), dtype=np.float64) @ slice_ml) for name, values in marked.items()}
 
 # %% ../nbs/50_evaluation.ipynb #4d1d52ed
-def score_patient(p: np.ndarray, t: np.ndarray, ct: HeadCT | None = None) -> dict[str, float | int | str]:
+def score_patient(p: np.ndarray, t: np.ndarray, ct: HeadCT | None = None,
+                  tolerance_mm: float | None = None) -> dict[str, float | int | str]:
     """Scores of one patient from probabilities `p` and annotation `t` (X, Y, Z); `ct`: None if spacing is unknown.
 
-    Keys: dice_soft, dice_hard, nsd_2mm, hd95_mm (mm), lesion_f1, lesion_tp|fp|fn, slice_sensitivity, slice_specificity,
+    `tolerance_mm`: of the surface Dice; None: the scan's longest voxel edge, rounded up to 0.1 mm.
+    Keys: dice_soft, dice_hard, nsd (surface Dice), tolerance_mm, hd95_mm, lesion_f1, lesion_tp|fp|fn, slice_sensitivity, slice_specificity,
     slice_tp|fp|fn|tn, volume_ml, predicted_ml, predicted_hard_ml (mL), volume_bin, empty. What does not exist is NaN.
-    Raises: ValueError for what `check_volumes` refuses.
+    Raises: ValueError for what `check_volumes` refuses, and for a tolerance below the longest voxel edge.
     """
     check_volumes(p, t, ct)
     hard, t, slice_ml = p >= 0.5, t.astype(bool), voxel_ml_by_slice(ct)
     empty, ml = empty_side(hard, t), volumes(p, t, slice_ml)
     overlap = {"dice_soft": math.nan if empty == "both" else dice(p, t), "dice_hard": dice(hard, t)}
-    return {**overlap, **surface_scores(hard, t, ct), **detection_scores(hard, t, slice_ml), **ml,
+    return {**overlap, **surface_scores(hard, t, ct, tolerance_mm), **detection_scores(hard, t, slice_ml), **ml,
             "volume_bin": volume_bin(ml["volume_ml"]), "empty": empty}
 
 # %% ../nbs/50_evaluation.ipynb #75f5aa42
-SCORES = ("dice_soft", "dice_hard", "nsd_2mm", "hd95_mm", "lesion_f1", "slice_sensitivity", "slice_specificity")
+SCORES = ("dice_soft", "dice_hard", "nsd", "hd95_mm", "lesion_f1", "slice_sensitivity", "slice_specificity")
 VOLUMES = ("volume_ml", "predicted_ml", "predicted_hard_ml")
+
+
+def known_scores(patients: pd.DataFrame) -> list[str]:
+    "SCORES that a table holds: all, but for nsd in one written before surfaces were measured by area."
+    return [name for name in SCORES if name in patients or name != "nsd"]
+
+
+def surface_heading(patients: pd.DataFrame) -> str:
+    "What a column of nsd is called, with its tolerance."
+    known = patients["tolerance_mm"].dropna().unique() if "tolerance_mm" in patients else []
+    return f"surface Dice, {' to '.join(f'{mm:g}' for mm in sorted({min(known), max(known)}))} mm" if len(known) else "surface Dice"
 
 
 def summarize(scores: pd.Series) -> dict[str, float | int | None]:
@@ -241,21 +297,22 @@ def summarize_run(patients: pd.DataFrame) -> dict[str, dict | int]:
     scores: `summarize` by name; hd95_failures: blood annotated, nothing predicted; empty_annotation: predicted, nothing
     annotated; one_sided: both kinds; both_empty. Raises: ValueError for missing columns.
     """
+    scores = known_scores(patients)
     lesions = ("lesion_tp", "lesion_fp", "lesion_fn")
-    _need(patients, (*SCORES, *VOLUMES, *lesions, "empty"))
+    _need(patients, (*scores, *VOLUMES, *lesions, "empty"))
     sides = {side: int((patients["empty"] == side).sum()) for side in ("prediction", "annotation", "both")}
-    return {"patients": len(patients), "scores": {name: summarize(patients[name]) for name in (*SCORES, *VOLUMES)},
+    return {"patients": len(patients), "scores": {name: summarize(patients[name]) for name in (*scores, *VOLUMES)},
             "hd95_failures": sides["prediction"], "empty_annotation": sides["annotation"],
             "one_sided": sides["prediction"] + sides["annotation"], "both_empty": sides["both"],
             **{name: int(patients[name].sum()) for name in lesions}}
 
 # %% ../nbs/50_evaluation.ipynb #165d8b7f
-def by_bin(patients: pd.DataFrame, scores: Iterable[str] = SCORES) -> pd.DataFrame:
-    """One row for each of BINS and 'unknown': n patients, and of each score its mean, <score>_sd and <score>_n.
+def by_bin(patients: pd.DataFrame, scores: Iterable[str] | None = None) -> pd.DataFrame:
+    """One row for each of BINS and 'unknown': n patients, and of each score (all that there are) its mean, <score>_sd and <score>_n.
 
     The bin is that of `volume_ml`. NaN where there is nothing to average. Raises: ValueError for missing columns.
     """
-    scores = tuple(scores)
+    scores = tuple(known_scores(patients) if scores is None else scores)
     _need(patients, ("volume_ml", *scores))
     bins, rows = patients["volume_ml"].astype(float).map(volume_bin), []
     for name in (*BINS, "unknown"):

@@ -19,6 +19,7 @@ from sklearn.model_selection import KFold, StratifiedKFold
 
 from .checks import check_disjoint, check_voxels
 from .cohort import BINS, Cohort, volume_bin
+from .ct.check import some_of
 from .files import read_json, write_json
 
 # %% ../nbs/16_folds.ipynb #370e797c
@@ -53,7 +54,7 @@ def kfold(patients: Sequence[str], folds: int = 3, seed: int = 0) -> list[Fold]:
 # %% ../nbs/16_folds.ipynb #74e5ff41
 def patient_volumes(cohort: Cohort) -> dict[str, float]:
     "Patient -> mL of their scan with most blood, sorted by patient; NaN where no volume is known."
-    return {str(name): float(ml) for name, ml in cohort.table.groupby("patient").blood_ml.max().astype(float).items()}
+    return {str(name): float(ml) for name, ml in cohort.table.groupby("patient").blood_ml.max().items()}
 
 
 def stratified(volumes: Mapping[str, float], folds: int = 3, seed: int = 0) -> tuple[list[Fold], tuple[str, ...]]:
@@ -114,6 +115,8 @@ def draw_folds(cohort: Cohort, method: str = "kfold", folds: int = 3,
     "Folds of a cohort, checked for leaks, and notes. Raises: ValueError for another method, too few patients, a leak."
     if method not in FOLD_METHODS:
         raise ValueError(f"folds by {method!r}: there are {', '.join(FOLD_METHODS)}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}; give a whole number from 0 to {2**32 - 1}")
     notes: tuple[str, ...] = ()
     if method == "kfold":
         plan = kfold(cohort.patients, folds, seed)
@@ -131,24 +134,20 @@ def _people(cohort: Cohort) -> dict[str, dict[str, Any]]:
             for patient, ml in volumes.items()}
 
 # %% ../nbs/16_folds.ipynb #731e228b
-def _some(patients: Sequence[str]) -> str:
-    return ", ".join(patients[:5]) + (f" and {len(patients) - 5} more" if len(patients) > 5 else "")
-
-
 def _changes(stored: Mapping[str, Any], people: Mapping[str, Mapping[str, Any]]) -> list[str]:
     "What differs between the cohort a file was drawn for and `people` now."
     then, changes = stored["patients"], []
     if new := sorted(people.keys() - then.keys()):
-        changes.append(f"new patients {_some(new)}")
+        changes.append(f"new patients {some_of(new, 5)}")
     if gone := sorted(then.keys() - people.keys()):
-        changes.append(f"missing patients {_some(gone)}")
+        changes.append(f"missing patients {some_of(gone, 5)}")
     both = sorted(then.keys() & people.keys())
     if other := [patient for patient in both if then[patient]["voxels"] != people[patient]["voxels"]]:
-        changes.append(f"other scans of {_some(other)}")
+        changes.append(f"other scans of {some_of(other, 5)}")
     moved = [f"{patient} ({then[patient]['blood_ml']} mL, now {people[patient]['blood_ml']})" for patient in both
              if then[patient]["blood_ml"] != people[patient]["blood_ml"]]
     if moved and stored["method"] == "stratified":
-        changes.append(f"other volumes of {_some(moved)}")
+        changes.append(f"other volumes of {some_of(moved, 5)}")
     return changes
 
 # %% ../nbs/16_folds.ipynb #b57ecaa5
@@ -161,6 +160,9 @@ def read_folds(path: str | Path, cohort: Cohort) -> list[Fold]:
     try:
         changes = _changes(stored, _people(cohort))
         folds = [Fold(tuple(fold["train"]), tuple(fold["test"]), fold["fit"]) for fold in stored["split"]]
+        sides = [side for fold in folds for side in (fold.train, fold.test)]
+        if not sides or not all(side and all(isinstance(name, str) for name in side) for side in sides):
+            raise TypeError("each fold needs names of patients, to train on and to test on")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a file of folds ({error!r} went wrong); delete it to draw anew") from error
     if changes:

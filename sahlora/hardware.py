@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEVICES', 'PRECISIONS', 'PACKAGES', 'choose_device', 'choose_precision', 'choose_threads', 'keep_memory', 'processor',
-           'run_facts']
+           'machine_facts', 'run_facts']
 
 # %% ../nbs/02_hardware.ipynb #c7d1ac52
 import ctypes
@@ -12,10 +12,12 @@ import os
 import platform
 import resource
 import time
-from importlib.metadata import version
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+
+from .files import package_version
 
 # %% ../nbs/02_hardware.ipynb #a7de23c7
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -88,17 +90,20 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def run_facts(seconds: float, resumed: bool = False) -> dict[str, Any]:
-    """What a run cost and where: seconds, CPU seconds of the whole process, peak MiB, processor, threads, allocator settings, versions.
+def machine_facts() -> dict[str, Any]:
+    "Where a run runs: processor, threads, allocator settings, and versions; \"unknown\" for what has no metadata."
+    allocator = {key: os.environ[key] for key in sorted(os.environ) if key.startswith("MALLOC_")} | _kept
+    return {"processor": processor(), "threads": torch.get_num_threads(), "allocator": allocator,
+            "python": platform.python_version(), **{name: package_version(name) for name in ("sahlora", *PACKAGES)}}
+
+# %% ../nbs/02_hardware.ipynb #78f12d8f
+def run_facts(seconds: float, resumed: bool = False, machine: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a run cost: seconds, CPU seconds of the whole process, peak MiB; and `machine`, by default what it is now.
 
     `resumed`: the run went on from an earlier process, so that its cost is that of the last part alone.
     """
-    from sahlora import __version__
-
     gpu = {"peak_gpu_mib": torch.cuda.max_memory_allocated() // 2**20} if torch.cuda.is_available() else {}
-    allocator = {key: os.environ[key] for key in sorted(os.environ) if key.startswith("MALLOC_")} | _kept
     used = resource.getrusage(resource.RUSAGE_SELF)
     peak_mib = used.ru_maxrss // (2**20 if platform.system() == "Darwin" else 1024)  # bytes on macOS, kB elsewhere
-    return {"seconds": round(seconds, 2), "resumed": resumed, "cpu_seconds": round(used.ru_utime + used.ru_stime, 2), "peak_mib": peak_mib, **gpu,
-            "processor": processor(), "threads": torch.get_num_threads(), "allocator": allocator,
-            "python": platform.python_version(), "sahlora": __version__, **{p: version(p) for p in PACKAGES}}
+    cost = {"seconds": round(seconds, 2), "resumed": resumed, "cpu_seconds": round(used.ru_utime + used.ru_stime, 2)}
+    return {**cost, "peak_mib": peak_mib, **gpu, **(machine or machine_facts())}

@@ -7,30 +7,33 @@ __all__ = ['CT_ICH_HELP', 'CT_ICH_WINDOW', 'Request', 'import_ct_ich', 'read_fou
            'import_cohort']
 
 # %% ../nbs/15_imports.ipynb #ac217ca0
-import json
 import re
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 from PIL import Image
+from pydantic import Field, PositiveFloat
 from tqdm import tqdm
 
-from .checks import attempt, find_duplicates, grouped
-from .cohort import Case, Cohort, check_grid, compact, write_cohort
+from .checks import attempt, find_duplicates, grouped, mask_notes, placed_notes
+from .cohort import (Case, Cohort, case_files, check_grid, check_name, compact, read_table, write_case,
+                            write_cohort, write_rows)
 from .ct import read_nifti
-from .ct.check import check_hu, check_placed
-from .files import read_json, write_json
-from .layouts import (BLOOD, LAYOUTS, RATERS, Found, blood_mask, combine_raters, layout_help, parse_labels, some,
-                             which_blood)
+from .ct.check import check_hu, check_placed, some_of, visible
+from .ct.nifti import ORIENTATIONS
+from .files import file_hash, object_hash, read_json, write_json
+from .layouts import (BLOOD, LAYOUTS, RATERS, Found, blood_mask, combine_raters, layout_help, parse_labels, which_blood)
+from .options import options
+from .outputs import output_folder
 
 # %% ../nbs/15_imports.ipynb #57db77e5
-@dataclass(frozen=True)
+@options
 class Request:
     "What an import was asked for: every choice that changes its result."
 
@@ -41,14 +44,16 @@ class Request:
     rater: str
     site: str
     window: tuple[float, float] | None = None
-    spacing: tuple[float, float, float] | None = None
+    spacing: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     orientation: str | None = None
-    size: int | None = None
+    size: Annotated[int, Field(ge=16, le=4096)] | None = None
     fill_nan: bool = False
 
-    def as_json(self) -> dict[str, Any]:
-        "As it reads when it comes back from a file."
-        return json.loads(json.dumps(asdict(self)))
+    def __post_init__(self) -> None:
+        if self.window and not self.window[0] < self.window[1]:
+            raise ValueError(f"--window needs low < high, not {self.window[0]:g},{self.window[1]:g}")
+        if self.orientation and self.orientation.upper() not in ORIENTATIONS:
+            raise ValueError(f"--orientation {self.orientation!r} is none; three letters such as LPS or RAS are needed")
 
 # %% ../nbs/15_imports.ipynb #f42b1793
 def _grey(hu: np.ndarray, window: tuple[float, float]) -> np.ndarray:
@@ -71,7 +76,7 @@ def _read_volume(found: Found, request: Request) -> tuple[Case, list[str]]:
     if not marked:
         raise ValueError(f"{found.image.parent}: holds no mask (label_annot_1.nii.gz); add one or remove the scan")
     blood = combine_raters(marked, request.rater)
-    notes += [] if blood.any() else ["empty mask: no blood"]
+    notes += mask_notes(blood)
     voxels, intensity = compact(hu), "hu"
     if request.window is not None:
         voxels, intensity = _grey(hu, request.window), "window:{:g},{:g}".format(*request.window)
@@ -88,11 +93,12 @@ CT_ICH_WINDOW = (-20.0, 100.0)
 
 def _ct_ich_pictures(brain: Path) -> list[tuple[Path, Path]]:
     "(picture, mask) paths of a patient's folder in slice order; the mask may not exist: no blood. Raises: ValueError."
-    numbers = sorted(int(path.stem) for path in brain.glob("*.jpg") if path.stem.isdigit())
-    lonely = sorted(path.name for path in brain.glob("*_HGE_Seg.jpg") if not (brain / f"{path.stem[:-8]}.jpg").exists())
-    if lonely:
-        raise ValueError(f"{brain}: masks without a picture: {some(lonely)}; copy the pictures again")
-    return [(brain / f"{n}.jpg", brain / f"{n}_HGE_Seg.jpg") for n in numbers]
+    files = visible(brain) if brain.is_dir() else []
+    pictures = [path for path in files if path.suffix == ".jpg" and path.stem.isdecimal()]
+    pairs = {path: path.with_name(f"{path.stem}_HGE_Seg.jpg") for path in sorted(pictures, key=lambda path: int(path.stem))}
+    if lonely := [path.name for path in files if path.name.endswith("_HGE_Seg.jpg") and path not in pairs.values()]:
+        raise ValueError(f"{brain}: masks without a picture: {some_of(lonely)}; copy the pictures again")
+    return list(pairs.items())
 
 
 def _ct_ich_slice(picture: Path, mask: Path, size: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -142,7 +148,8 @@ def _read_slices(found: Found, request: Request) -> tuple[Case, list[str]]:
     numbers = [int(picture.stem) for picture, _ in _ct_ich_pictures(found.image)]
     lacking = numbers[-1] - numbers[0] + 1 - len(numbers)
     notes = [f"{lacking} slices between the first and the last are not there"] if lacking else []
-    return case, notes + ([] if case.label.any() else ["empty mask: no blood"])
+    notes += placed_notes(case.affine, case.image.shape, str(found.image), request.spacing is not None)
+    return case, notes + mask_notes(case.label)
 
 
 def read_found(found: Found, request: Request) -> tuple[Case, list[str]]:
@@ -151,16 +158,16 @@ def read_found(found: Found, request: Request) -> tuple[Case, list[str]]:
 
 # %% ../nbs/15_imports.ipynb #bb54ca23
 def _ct_ich_table(source: Path) -> dict[str, tuple[int, int]]:
-    "Scan -> (slices, slices with blood) by hemorrhage_diagnosis*.csv; {} where it is missing or reads otherwise."
-    files = sorted(source.glob("hemorrhage_diagnosis*.csv"))
+    "Scan -> (slices, slices with blood) by hemorrhage_diagnosis*.csv; {} where there is none. Raises: ValueError for another table."
+    files = [path for path in visible(source) if re.fullmatch(r"hemorrhage_diagnosis.*\.csv", path.name)]
     if not files:
         return {}
-    table = pd.read_csv(files[0], skipinitialspace=True).rename(columns=lambda name: re.sub("[^a-z]", "", name.lower()))
-    if not {"patientnumber", "slicenumber", "nohemorrhage"} <= set(table):
-        return {}
-    table = table.dropna(subset=["patientnumber"])
-    return {f"ct-ich-{int(patient):03d}": (len(rows), int((rows.nohemorrhage == 0).sum()))
-            for patient, rows in table.groupby("patientnumber")}
+    table = read_table(files[0]).rename(columns=lambda name: re.sub("[^a-z]", "", name.lower()))
+    if missing := {"patientnumber", "slicenumber", "nohemorrhage"} - set(table):
+        raise ValueError(f"{files[0]}: column {', '.join(sorted(missing))} missing; copy it again, or remove it to compare no slices")
+    blood = pd.to_numeric(table.nohemorrhage, errors="coerce") == 0
+    return {f"ct-ich-{patient.zfill(3)}": (len(rows), int(blood[rows.index].sum()))
+            for patient, rows in table.groupby("patientnumber") if patient}
 
 
 def _compare_slices(case: Case, table: Mapping[str, tuple[int, int]]) -> list[str]:
@@ -194,33 +201,19 @@ class ImportReport:
     __repr__ = __str__
 
 # %% ../nbs/15_imports.ipynb #0e7033cb
-def _check_out(out: Path, source: Path, request: Request, overwrite: bool) -> None:
-    "Raises: ValueError when `out` holds anything but this same import, or the source itself."
-    if source.resolve().is_relative_to(out.resolve()):
-        raise ValueError(f"{out}: holds the source; choose another folder for the cohort (--out)")
-    if not out.exists() or not any(out.iterdir()):
-        return
-    mine = [name for name in ("import.json", "cohort.csv") if (out / name).is_file()]
-    if not mine:
-        raise ValueError(f"{out}: holds files that are no cohort; choose another folder (--out)")
-    if "import.json" in mine and read_json(out / "import.json").get("request") == request.as_json() or overwrite:
-        return
-    what = "another import (see its import.json)" if "import.json" in mine else "a cohort that was not imported"
-    raise ValueError(f"{out}: holds {what}; choose another folder (--out), or replace it (--overwrite)")
-
-
-def _clear(out: Path) -> None:
-    "Remove an earlier cohort, its table first."
-    for name in ("cohort.csv", "import.json"):
-        (out / name).unlink(missing_ok=True)
-    for name in ("images", "labels"):
-        shutil.rmtree(out / name, ignore_errors=True)
+def _scans(found: Sequence[Found]) -> dict[str, list[str]]:
+    "Case -> patient and SHA-256 of all its files; what can not be read has none, and is skipped later."
+    scans = {}
+    for one in found:
+        files = visible(one.image) if one.image.is_dir() else [one.image, *one.masks.values()]
+        scans[one.case] = [one.patient, object_hash([(file.name, attempt(file_hash, file)[0]) for file in files])]
+    return scans
 
 # %% ../nbs/15_imports.ipynb #b0c4f139
-def _good_cases(found: Sequence[Found], request: Request, out: Path, skipped: dict[str, str],
-                notes: list[tuple[str, str]], progress: bool) -> Iterator[Case]:
+def _good_cases(found: Sequence[Found], request: Request, skipped: dict[str, str], notes: list[tuple[str, str]],
+                progress: bool) -> Iterator[Case]:
     "The scans that can be read; the others go into `skipped`, remarks into `notes`. Raises: ValueError when none can."
-    table, begun = _ct_ich_table(Path(request.source)) if request.layout == "ct-ich" else {}, False
+    table = _ct_ich_table(Path(request.source)) if request.layout == "ct-ich" else {}
     for one in tqdm(found, f"importing {request.layout}", disable=not progress, file=sys.stderr, ncols=88):
         read, wrong = attempt(read_found, one, request)
         if wrong:
@@ -228,24 +221,19 @@ def _good_cases(found: Sequence[Found], request: Request, out: Path, skipped: di
             continue
         case, remarks = read
         notes += [(case.case, remark) for remark in remarks + _compare_slices(case, table)]
-        if not begun:
-            _clear(out)
-            write_json(out / "import.json", {"request": request.as_json()})
-            begun = True
         yield case
-    if not begun:
+    if len(skipped) == len(found):
         reasons = "\n".join(list(skipped.values())[:5])
         raise ValueError(f"{request.source}: none of {len(found)} scans could be imported:\n{reasons}")
 
 # %% ../nbs/15_imports.ipynb #71084f77
 def read_patients(path: str | Path) -> dict[str, str]:
     "Case -> patient from a CSV. Raises: FileNotFoundError; ValueError without its two columns, or for twins."
-    table = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True)
-    table = table.rename(columns=lambda name: name.strip().lower())
+    table = read_table(path).rename(columns=str.lower)
     if missing := [name for name in ("case", "patient") if name not in table]:
         raise ValueError(f"{path}: column {' and '.join(missing)} missing; it needs case and patient")
     if bad := sorted(table.case[table.case.duplicated() | (table.patient == "")]):
-        raise ValueError(f"{path}: {some(bad)}: stands in it twice or has no patient; give each case one patient")
+        raise ValueError(f"{path}: {some_of(bad)}: stands in it twice or has no patient; give each case one patient")
     return dict(zip(table.case, table.patient))
 
 
@@ -254,10 +242,10 @@ def _with_patients(found: list[Found], patients: str | Path | Mapping[str, str] 
     if patients is None:
         return found
     known = patients if isinstance(patients, Mapping) else read_patients(patients)
-    if missing := [one.case for one in found if one.case not in known]:
+    if missing := [one.case for one in found if not known.get(one.case)]:
         where = "patients" if isinstance(patients, Mapping) else patients
-        raise ValueError(f"{where}: no patient for {some(missing)}; add them")
-    return [Found(one.case, known[one.case], one.image, one.masks) for one in found]
+        raise ValueError(f"{where}: no patient for {some_of(missing)}; add them")
+    return [replace(one, patient=str(known[one.case])) for one in found]
 
 # %% ../nbs/15_imports.ipynb #cfb914f2
 def _list_scans(layout: str, source: Path) -> list[Found]:
@@ -266,35 +254,32 @@ def _list_scans(layout: str, source: Path) -> list[Found]:
         raise FileNotFoundError(f"{source}: no such folder. Expected is\n{layout_help(layout)}")
     if not (found := LAYOUTS[layout].find(source)):
         raise FileNotFoundError(f"{source}: does not look like {layout}. Expected is\n{layout_help(layout)}")
+    names = [one.case for one in found]
+    for name in names:
+        check_name(name)
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{source}: several scans would be called {some_of(twice)}; rename or remove all but one")
     return found
 
 # %% ../nbs/15_imports.ipynb #65121a9b
-def _known_site(source: Path) -> str | None:
-    "The one site in the cohort.csv of a cohort that is imported again, so that a phantom stays one; None elsewhere."
-    table = source / "cohort.csv"
-    sites = set(pd.read_csv(table, dtype=str).get("site", pd.Series(dtype=str))) if table.is_file() else set()
-    return str(sites.pop()) if len(sites) == 1 else None
-
-
-def _known_patients(source: Path) -> Path | None:
-    "The cohort.csv of a cohort that is imported again: it says whose each scan is; None elsewhere."
-    table = source / "cohort.csv"
-    return table if table.is_file() and {"case", "patient"} <= set(pd.read_csv(table, nrows=0)) else None
+def _known(source: Path) -> pd.DataFrame:
+    "The table of a cohort that is imported again, so that its patients and its site stay what they were; empty elsewhere."
+    return read_table(source / "cohort.csv") if (source / "cohort.csv").is_file() else pd.DataFrame()
 
 # %% ../nbs/15_imports.ipynb #1478b040
 def _request(layout: str, source: Path, blood: str | Sequence[str] | None, labels: str | Mapping[int, str] | None,
-             rater: str | int, site: str | None, **options: Any) -> Request:
+             rater: str | int, site: str | None, **values: Any) -> Request:
     "The choices of an import, checked. Raises: ValueError that names the option."
     if layout not in LAYOUTS:
         raise ValueError(f"--layout {layout!r}: there are {', '.join(LAYOUTS)}")
     known, said = LAYOUTS[layout].codes, parse_labels(labels)
     if known and said:
         raise ValueError(f"--labels: layout {layout} has its own codes ({', '.join(known.values())}); drop the option")
-    if str(rater) not in RATERS and not str(rater).isdigit():
+    if str(rater) not in RATERS and not str(rater).isdecimal():
         raise ValueError(f"--rater {rater!r}: there are {', '.join(RATERS)}, or the number of a rater")
-    codes = known or said or BLOOD
+    codes, sites = known or said or BLOOD, set(_known(source).get("site", ()))
     return Request(layout, str(source.resolve()), dict(codes), which_blood(codes, blood), str(rater),
-                   site or _known_site(source) or layout, **options)
+                   site or (len(sites) == 1 and sites.pop()) or layout, **values)
 
 # %% ../nbs/15_imports.ipynb #d4a29a46
 def import_cohort(layout: str, source: str | Path, out: str | Path, *, blood: str | Sequence[str] | None = None,
@@ -309,20 +294,31 @@ def import_cohort(layout: str, source: str | Path, out: str | Path, *, blood: st
     `patients`: a CSV (case, patient), by default the cohort.csv of a cohort that is imported again;
     `window`: HU range of 8-bit scans; `spacing`, `orientation`: where headers lack them; `size`: pixels across, for JPEG slices only.
     Raises: FileNotFoundError with the layout's help; ValueError for a wrong option, files without a partner, a folder
-    `out` that holds something else, or when no scan could be imported.
+    `out` that holds something else (with `overwrite`, what its record lists is replaced), or when no scan could be imported.
     """
     source, out = Path(source), Path(out)
     request = _request(layout, source, blood, labels, rater, site, window=window, spacing=spacing,
                        orientation=orientation, size=size, fill_nan=fill_nan)
-    found = _with_patients(_list_scans(layout, source), _known_patients(source) if patients is None else patients)
+    if patients is None and {"case", "patient"} <= set(_known(source)):
+        patients = source / "cohort.csv"
+    found = _with_patients(_list_scans(layout, source), patients)
+    if source.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"{out}: holds the source; choose another folder for the cohort (--out)")
     if size is not None and not found[0].image.is_dir():
         raise ValueError("--size: only JPEG slices are brought to another size; a volume keeps its own")
-    _check_out(out, source, request, overwrite)
+    if found[0].image.is_dir() and (window or orientation or fill_nan):
+        raise ValueError("--window, --orientation, --fill-nan: what JPEG slices show is known; drop the option")
     skipped: dict[str, str] = {}
     notes: list[tuple[str, str]] = []
-    cohort = write_cohort(out, _good_cases(found, request, out, skipped, notes, progress))
-    for group in find_duplicates(cohort):
-        notes.append((", ".join(scan.case for scan in group), "the same voxels under several names"))
-    report = ImportReport(cohort, request, skipped, grouped(notes))
-    write_json(out / "import.json", {"request": request.as_json(), "skipped": skipped, "notes": list(report.notes)})
-    return report
+    good = _good_cases(found, request, skipped, notes, progress)
+    first = next(good)
+    files = ["cohort.csv", "import.json", *(name for one in found for name in case_files(one.case))]
+    facts = {name: value for name, value in asdict(request).items() if name != "source"} | {"scans": _scans(found)}
+    with output_folder(out, "cohort import", facts, files, overwrite) as done:
+        if not done:
+            write_rows(out, (write_case(out, case) for case in chain([first], good)))
+            notes += [(", ".join(scan.case for scan in group), "the same voxels under several names")
+                      for group in find_duplicates(Cohort.read(out))]
+            write_json(out / "import.json", {"request": asdict(request), "skipped": skipped, "notes": grouped(notes)})
+        told = read_json(out / "import.json")
+        return ImportReport(Cohort.read(out), request, told["skipped"], tuple(told["notes"]))

@@ -26,7 +26,7 @@ from .prediction import CAUTION, InputSpec, load_model
 # %% ../nbs/62_sharing.ipynb #3e4f8cd5
 def trace(net: nn.Module) -> torch.jit.ScriptModule:
     "A network in evaluation mode as TorchScript: slices (N, 1, H, W) to logits, its state by the same names."
-    step = 2 ** getattr(net, "levels", 0)
+    step = getattr(net, "multiple", 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # our checks of the input's size look at numbers
         warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript itself; MONAI's bundles are made of it
@@ -196,7 +196,7 @@ def export_bundle(out: str | Path, model: str | Path = NETWORK, adapter: str | P
     model, adapter = find_weights(model), find_weights(adapter, "adapter") if adapter else None
     (net, _), facts = load_model(model, adapter), weight_facts(model, adapter)
     rows = find_scores(adapter, model) if scores is None else pd.read_csv(scores, dtype={"patient": str})
-    step = 2 ** getattr(net, "levels", 0)
+    step = getattr(net, "multiple", 1)
     card = model_card(out.name, facts, rows, USAGE.format(name=out.name, step=step))
     metadata, config = bundle_metadata(out.name, facts, step), inference_config(facts["input"], step, threshold)
     with atomic_folder(out) as folder:

@@ -8,8 +8,10 @@ __all__ = ['LEAST', 'MOST', 'VERSION', 'pack', 'unpack', 'cache_key', 'SliceStor
 # %% ../nbs/40_slices.ipynb #9e766b36
 import math
 import os
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .augmentation import MOST_JITTER
 from .cohort import Cohort
-from .files import atomic_folder, file_hash, object_hash, read_json, write_json
+from .files import atomic_folder, file_hash, object_hash, read_json, remove_folder, write_json
+from .outputs import sole_writer
 
 # %% ../nbs/40_slices.ipynb #0380fcc2
-LEAST, MOST = -30, 170  # HU kept: the window and its jitter
+LEAST, MOST = int(-MOST_JITTER), int(140 + MOST_JITTER)  # HU kept: the window and its jitter
 
 
 def pack(hu: np.ndarray) -> np.ndarray:
@@ -75,14 +79,33 @@ def _unpack_cohort(cohort: Cohort, folder: Path, multiple: int) -> None:
     write_json(folder / "index.json", {"size": size, "counts": counts, "cases": cases, "patients": patients, "blood": blood})
 
 # %% ../nbs/40_slices.ipynb #9335a526
+def _is_whole(folder: Path) -> bool:
+    "Whether a folder holds an unpacked cohort, to the last byte of its two large files."
+    try:
+        index = read_json(folder / "index.json")
+        length = math.prod(index["size"]) * sum(index["counts"])
+        sizes = [(folder / name).stat().st_size for name in ("images.u8", "masks.u8")]
+    except (OSError, ValueError, KeyError, TypeError):  # missing or damaged: it is made again
+        return False
+    return sizes == [length, length] and len(index["blood"]) == sum(index["counts"])
+
+
+def _own_folder() -> Path:
+    "A folder for temporary files that nobody but this user writes."
+    folder = Path(tempfile.gettempdir()) / f"sahlora-{os.getuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+    return folder if mine else Path(tempfile.mkdtemp(prefix="sahlora-"))
+
+
 def _cache_folder(cohort: Cohort, key: str) -> Path:
     "Where the unpacked cohort lies or shall lie."
     here = cohort.folder / "cache" / key[:20]
-    if here.is_dir() or os.access(cohort.folder, os.W_OK):
-        return here
-    return Path(tempfile.gettempdir()) / f"sahlora-{os.getuid()}" / key[:20]
+    return here if _is_whole(here) or os.access(cohort.folder, os.W_OK) else _own_folder() / key[:20]
 
-
+# %% ../nbs/40_slices.ipynb #bf80ef37
 @dataclass(frozen=True)
 class SliceStore:
     "Slices of a cohort on disk: of `size` (H, W), N of them; `patients`, `cases` and `blood` for each."
@@ -113,15 +136,19 @@ class SliceStore:
         return np.frombuffer(bytearray(b"".join(planes)), np.uint8).reshape(len(planes), 1, *self.size)
 
 # %% ../nbs/40_slices.ipynb #fcec1738
-def open_store(cohort: Cohort, multiple: int = 4) -> SliceStore:
-    """The slices of a cohort, unpacked now if they have not been, padded to `multiple`.
+def open_store(cohort: Cohort, multiple: int) -> SliceStore:
+    """The slices of a cohort, unpacked now if they have not been, padded to the `multiple` that a network says.
 
     Raises: ValueError when scans differ in slice size; OSError when nothing can be written.
     """
     folder = _cache_folder(cohort, cache_key(cohort, multiple))
-    if not folder.is_dir():
-        with atomic_folder(folder) as temporary:
-            _unpack_cohort(cohort, temporary, multiple)
+    if not _is_whole(folder):
+        with sole_writer(folder.parent):
+            if folder.exists() and not _is_whole(folder):
+                remove_folder(folder)
+            if not folder.exists():
+                with atomic_folder(folder) as temporary:
+                    _unpack_cohort(cohort, temporary, multiple)
     index = read_json(folder / "index.json")
     patients, cases = (np.repeat(np.array(index[name]), index["counts"]) for name in ("patients", "cases"))
     return SliceStore(folder, tuple(index["size"]), patients, cases, np.array(index["blood"], bool))

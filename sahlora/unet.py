@@ -144,8 +144,8 @@ def _check_counts(**counts: int) -> None:
             raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
 
 
-def _check_input(x: Tensor, in_channels: int, levels: int) -> None:
-    "Floating-point slices (N, in_channels, H, W), H and W multiples of 2**levels. Raises ValueError."
+def _check_input(x: Tensor, in_channels: int, multiple: int) -> None:
+    "Floating-point slices (N, in_channels, H, W), H and W multiples of `multiple`. Raises ValueError."
     if x.ndim != 4:
         raise ValueError(f"the input has shape {tuple(x.shape)}; it must be 4-D: slices, channels, height, width")
     if not x.is_floating_point():
@@ -153,12 +153,11 @@ def _check_input(x: Tensor, in_channels: int, levels: int) -> None:
     _, channels, height, width = x.shape
     if channels != in_channels:
         raise ValueError(f"the input has {channels} channels, shape {tuple(x.shape)}; this network takes {in_channels}")
-    step = 2**levels
-    if height % step or width % step or not height or not width:
-        pad_h, pad_w = (max(1, -(-n // step)) * step for n in (height, width))
+    if height % multiple or width % multiple or not height or not width:
+        pad_h, pad_w = (max(1, -(-n // multiple)) * multiple for n in (height, width))
         raise ValueError(
-            f"slices of {height}x{width} pixels do not fit {levels} levels: height and width must be multiples of "
-            f"{step}; pad them to {pad_h}x{pad_w}"
+            f"slices of {height}x{width} pixels do not fit: height and width must be multiples of {multiple}; "
+            f"pad them to {pad_h}x{pad_w}"
         )
 
 # %% ../nbs/20_unet.ipynb #7b4e4bb0
@@ -177,7 +176,7 @@ def _multi_view_regions(levels: int) -> dict[str, list[str]]:
 
 # %% ../nbs/20_unet.ipynb #dd02ea70
 class MultiViewUnet(nn.Module):
-    """Multi-view Unet: slices (N, in_channels, H, W) -> logits (N, 1, H, W); H and W are multiples of 2**levels.
+    """Multi-view Unet: slices (N, in_channels, H, W) -> logits (N, 1, H, W); H and W are multiples of `multiple`.
 
     `intensity`: one of INTENSITIES. Raises: ValueError for levels or channels below 1, an unknown intensity, and for
     inputs that do not fit. Source: Yao et al. 2020.
@@ -187,6 +186,7 @@ class MultiViewUnet(nn.Module):
         super().__init__()
         _check_counts(levels=levels, in_channels=in_channels)
         self.levels, self.in_channels = int(levels), int(in_channels)
+        self.multiple = 2**self.levels  # of which rows and columns must be: each level halves them
         self.first = M1(in_channels)
         self.downs = nn.ModuleList(Down() for _ in range(levels))
         self.bottom = M2(WIDTH)
@@ -198,7 +198,7 @@ class MultiViewUnet(nn.Module):
         init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_input(x, self.in_channels, self.levels)
+        _check_input(x, self.in_channels, self.multiple)
         d, skips = self.first(x if self.scale == 1 else x * self.scale), []
         for down in self.downs:
             d, skip = down(d)
@@ -235,7 +235,7 @@ def _unet_regions(levels: int) -> dict[str, list[str]]:
 
 # %% ../nbs/20_unet.ipynb #c47454a9
 class Unet(nn.Module):
-    """Plain Unet: slices (N, in_channels, H, W) -> logits (N, 1, H, W); H and W are multiples of 2**levels.
+    """Plain Unet: slices (N, in_channels, H, W) -> logits (N, 1, H, W); H and W are multiples of `multiple`.
 
     `intensity`: one of INTENSITIES. Raises: ValueError for counts below 1, an unknown intensity, and for inputs that do
     not fit. Source: Ronneberger et al. 2015, padded.
@@ -245,6 +245,7 @@ class Unet(nn.Module):
         super().__init__()
         _check_counts(levels=levels, in_channels=in_channels, width=width)
         self.levels, self.in_channels, self.width = int(levels), int(in_channels), int(width)
+        self.multiple = 2**self.levels
         w = [self.width * 2**i for i in range(self.levels + 1)]
         self.downs = nn.ModuleList(M1(a, b) for a, b in zip([in_channels, *w], w[:-1]))
         self.bottom = M1(w[-2], w[-1])
@@ -256,7 +257,7 @@ class Unet(nn.Module):
         init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_input(x, self.in_channels, self.levels)
+        _check_input(x, self.in_channels, self.multiple)
         x, skips = x if self.scale == 1 else x * self.scale, []
         for down in self.downs:
             skips.append(down(x))

@@ -1,16 +1,19 @@
 """A scan in, a mask and millilitres out: geometry, numbers, memory, files, and what happens when things go wrong."""
 import copy
+import errno
 import hashlib
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from dicom_files import volume, write_series
 from scipy import ndimage
 from torch import nn
 
@@ -223,12 +226,35 @@ def test_a_header_that_is_not_understood_is_refused(said):
 
 
 @pytest.mark.parametrize("options,words", [
-    ({"threshold": 0}, "threshold 0 is not between"), ({"threshold": 1.0}, "--threshold"),
-    ({"threshold": float("nan")}, "--threshold"), ({"batch": 0}, "--batch"), ({"batch": 1.5}, "--batch"),
-    ({"device": "tpu"}, "auto, cpu, cuda, mps"), ({"precision": "int8"}, "auto, bf16, fp32")])
-def test_options_that_can_not_be_are_refused(net, options, words):
+    ({"threshold": 0}, "threshold must be greater than 0, not 0"), ({"threshold": 1.0}, "threshold must be less than 1"),
+    ({"threshold": float("nan")}, "threshold must be a finite"), ({"threshold": "0.5"}, "threshold must be a valid number"),
+    ({"threshold": True}, "threshold must be a valid number"), ({"batch": 0}, "batch must be greater"),
+    ({"batch": 1.5}, "batch must be a valid integer"), ({"batch": 2.0}, "batch must be a valid integer"),
+    ({"batch": True}, "batch must be a valid integer"), ({"tta": "no"}, "tta must be a valid boolean"), ({"tta": 1}, "tta must"),
+    ({"device": "tpu"}, "device must be 'auto', 'cpu', 'cuda' or 'mps'"), ({"precision": "int8"}, "precision must be 'auto'")])
+def test_options_that_can_not_be_are_refused(net, model, scans, tmp_path, options, words):
     with pytest.raises(ValueError, match=words):
         predict_scan(net, noise((8, 8, 2)), **options)
+    with pytest.raises(ValueError, match=words):
+        run(scans, model, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [{"save_probabilities": 1}, {"dicom_seg": "yes"}])
+def test_options_of_cases_are_checked_too(model, scans, tmp_path, options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be a valid boolean"):
+        run(scans, model, tmp_path / "out", **options)
+
+
+INF = float("inf")
+
+
+@pytest.mark.parametrize("spec", [((-INF, 140.0),), ((0.0, INF),), ((0.0, float("nan")),), ((140.0, 0.0),), ((0.0, 0.0),), ((0.0, 1.0, 2.0),),
+                                  ((0.0, "140"),), ((False, True),), ((0.0, 140.0), INF), ((0.0, 140.0), 0.0), ((0.0, 140.0), "2.5"),
+                                  ((0.0, 140.0), True), ((0.0, 140.0), None, True), ((0.0, 140.0), 2.5, "yes")])
+def test_what_a_network_was_trained_on_is_checked(spec):
+    with pytest.raises(ValueError, match="window must|pixel_mm must|resample (must|needs)"):
+        InputSpec(*spec)
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
@@ -512,13 +538,13 @@ def test_nothing_found_says_what_was_looked_for(tmp_path):
 
 
 def test_a_cohort_says_what_its_scans_are(tmp_path):
-    touch(tmp_path, "images/a.nii.gz", "images/b.nii.gz", "labels/a.nii.gz", "other.nii.gz")
+    touch(tmp_path, "images/a.nii.gz", "images/b.nii.gz", "labels/a.nii.gz", "labels/b.nii.gz", "other.nii.gz")
     head = "case,patient,site,image,label,intensity,spacing,blood_ml,sha256\n"
-    row = "{0},{0},s,images/{0}.nii.gz,labels/a.nii.gz,hu,known,1,\n"
+    row = "{0},{0},s,images/{0}.nii.gz,labels/{0}.nii.gz,hu,known,1,\n"
     (tmp_path / "cohort.csv").write_text(head + row.format("b") + row.format("a"))
     assert found_in(tmp_path) == {"b": "images/b.nii.gz", "a": "images/a.nii.gz"}
     (tmp_path / "cohort.csv").write_text(head + row.format("a").replace("a,", "../a,", 1))
-    with pytest.raises(ValueError, match="can not name a folder"):
+    with pytest.raises(ValueError, match="can not be the name of a file"):
         find_cases(tmp_path)
 
 
@@ -669,7 +695,7 @@ def test_a_single_bad_scan_is_an_error_and_nothing_is_written(scans, model, tmp_
         path.touch()
         with pytest.raises(ValueError, match=path.name):
             run(path, model, tmp_path / "new/out")
-        assert not (tmp_path / "new").exists()
+        assert not (tmp_path / "new/out").exists()
     run(scans / "two.nii.gz", model, tmp_path / "out")
     before = listing(tmp_path / "out")
     with pytest.raises(ValueError, match="one.nii.gz"):
@@ -682,9 +708,9 @@ def test_a_single_scan_that_can_not_be_written_leaves_nothing(scans, model, tmp_
         raise OSError(28, "No space left on device", "mask.nii.gz")
 
     monkeypatch.setattr(cases_module, "write_like", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="new/out does not fit: the disk is full.* 1 of 1 cases are left, each of up to 1 MB"):
         run(scans / "one.nii.gz", model, tmp_path / "new/out")
-    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "new/out").exists()
 
 
 def test_a_batch_goes_on_past_bad_cases(scans, model, tmp_path):
@@ -705,7 +731,7 @@ def test_a_batch_goes_on_past_bad_cases(scans, model, tmp_path):
 
 
 def test_broken_off_and_started_again(scans, model, tmp_path, monkeypatch):
-    "Interrupted within a case: the table is true, the next run does the rest; a killed run's leftovers go."
+    "Interrupted within a case: the table is true, the next run does the rest."
     out, real = tmp_path / "out", cases_module.predict_scan
 
     def stop(net, ct, **options):
@@ -719,7 +745,6 @@ def test_broken_off_and_started_again(scans, model, tmp_path, monkeypatch):
     table = pd.read_csv(out / "cases.csv")
     assert list(table.case) == ["one"] and list(table.status) == ["done"] and read_json(out / "run.json")["complete"] is False
     monkeypatch.setattr(cases_module, "predict_scan", real)
-    touch(out, ".part.new.three/mask.nii.gz", ".part.old.two/case.json")
     again = run(scans, model, out)
     assert (again.done, again.skipped) == (2, 1) and read_json(out / "run.json")["complete"] is True
     assert sorted(path.name for path in out.iterdir()) == ["cases.csv", "one", "run.json", "three", "two"]
@@ -743,7 +768,7 @@ def test_killed_in_the_middle_of_writing(scans, model, tmp_path):
     out = tmp_path / "out"
     done = subprocess.run([sys.executable, "-c", KILLED, scans, model, out], capture_output=True, text=True, timeout=120)
     assert done.returncode == -9, done.stderr
-    assert not (out / "three").exists() and (out / ".part.new.three").is_dir()
+    assert not (out / "three").exists() and [path.is_dir() for path in out.glob(".part.*three")] == [True]
     assert list(pd.read_csv(out / "cases.csv").case) == ["one"]
     again = run(scans, model, out)
     assert (again.done, again.skipped) == (2, 1) and not list(out.glob(".*"))
@@ -756,9 +781,6 @@ def test_a_folder_takes_its_name_only_when_whole(tmp_path):
     with pytest.raises(OSError, match="disk"), whole_folder(tmp_path / "case") as part:
         raise OSError("disk")
     assert [path.name for path in tmp_path.iterdir()] == ["case"] and (tmp_path / "case/new").exists()
-    with whole_folder(tmp_path / "case") as part:
-        touch(part, "newer")
-    assert [path.name for path in (tmp_path / "case").iterdir()] == ["newer"]
 
 
 def test_a_lowered_batch_is_kept_for_the_next_case(scans, model, tmp_path, monkeypatch):
@@ -792,11 +814,19 @@ def test_a_cohorts_grey_values_and_unknown_spacing(scans, model, tmp_path, phant
     grey = np.round((np.clip(phantom.hu, -20, 100) + 20) / 120 * 255).astype(np.uint8)
     write_nifti(scans / "one.nii.gz", grey, phantom.affine)
     head = "case,patient,site,image,label,intensity,spacing,blood_ml,sha256\n"
-    (scans / "cohort.csv").write_text(head + 'a,a,s,one.nii.gz,one.nii.gz,"window:-20,100",unknown,,\n'
-                                      "b,b,s,two.nii.gz,two.nii.gz,hu,known,,\n")
+    touch(scans, "label-a.nii.gz", "label-b.nii.gz")
+    table = (head + 'a,a,s,one.nii.gz,label-a.nii.gz,"window:-20,100",unknown,,\n'
+             "b,b,s,two.nii.gz,label-b.nii.gz,hu,known,,\n")
+    (scans / "cohort.csv").write_text(table)
     result = run(scans, model, tmp_path / "out")
     assert list(result.table.status) == ["done", "done"]
     assert ["spacing is not known" in words for words in result.table.warnings] == [True, False]
+    assert run(scans, model, tmp_path / "out").skipped == 2
+    (scans / "cohort.csv").write_text(table.replace("-20,100", "-10,100"))
+    with pytest.raises(ValueError, match="out/a: made when the cohort said something else"):
+        run(scans, model, tmp_path / "out")
+    again = run(scans, model, tmp_path / "out", overwrite=True)
+    assert (again.done, again.skipped) == (1, 1)
 
 
 ORDERS = [(p, f) for p in ((0, 1, 2), (1, 0, 2), (2, 0, 1), (0, 2, 1), (1, 2, 0), (2, 1, 0))
@@ -845,3 +875,452 @@ def test_a_real_tilted_scan_of_two_stacks(real_data, model, tmp_path):
 
     seg = pydicom.dcmread(tmp_path / "out/ge-head-ct/mask_seg.dcm")
     assert seg.Modality == "SEG" and seg.pixel_array.sum() == counts.sum()
+
+
+# --- a network says its own multiple -------------------------------------------------------------------------------
+
+
+MULTIPLES = [(lambda: MultiViewUnet(levels=1), 2), (lambda: MultiViewUnet(levels=3), 8), (lambda: Unet(levels=1, width=2), 2),
+             (lambda: Unet(levels=4, width=2), 16), (lambda: Unet(levels=5, width=1), 32)]
+
+
+@pytest.mark.parametrize("shape", [(72, 88, 2), (33, 50, 1), (16, 48, 2)])
+@pytest.mark.parametrize("make,multiple", MULTIPLES, ids=lambda value: str(value) if isinstance(value, int) else "")
+def test_slices_of_any_size_are_padded_to_the_networks_multiple(make, multiple, shape):
+    net, ct = make().eval(), noise(shape)
+    images = torch.from_numpy(np.clip(ct.hu.transpose(2, 1, 0) / 140, 0, 1))[:, None]
+    padded = nn.functional.pad(images, (0, -shape[0] % multiple, 0, -shape[1] % multiple))
+    with torch.no_grad():
+        expected = net(padded).sigmoid()[:, 0, : shape[1], : shape[0]].permute(2, 1, 0).numpy()
+    assert np.abs(predict_scan(net, ct, precision="fp32").probabilities - expected).max() < 1e-5
+
+
+class Picky(nn.Module):
+    "Takes sides that are multiples of 12, and has no levels."
+
+    multiple = 12
+
+    def forward(self, x):
+        assert not x.shape[2] % 12 and not x.shape[3] % 12
+        return 20 * x - 10
+
+
+def test_a_network_of_somebody_else_is_asked_too():
+    ct = noise((30, 41, 2))
+    assert np.array_equal(predict_scan(Picky(), ct, precision="fp32").mask, ct.hu >= 70)
+    vars(net := Threshold())["levels"] = 3  # says nothing of a multiple: any size will do
+    assert np.array_equal(predict_scan(net, ct, precision="fp32").mask, ct.hu >= 70)
+
+
+# --- two runs at a time ---------------------------------------------------------------------------------------------
+
+
+def at_once(*calls):
+    "Run predict_cases in several processes at the same time; each must end well."
+    program = "import sys; from sahlora.prediction import predict_cases; predict_cases(*sys.argv[1:4], progress=False)"
+    processes = [subprocess.Popen([sys.executable, "-c", program, *map(str, call)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                  text=True) for call in calls]
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+
+
+def agrees(out, names):
+    "Raises where cases.csv and run.json do not say what lies in the folder."
+    assert sorted(path.parent.name for path in out.glob("*/mask.nii.gz")) == sorted(names)
+    assert sorted(path.name for path in out.iterdir()) == sorted([*names, "cases.csv", "run.json"])
+    table, record = pd.read_csv(out / "cases.csv"), read_json(out / "run.json")
+    assert sorted(table.case) == sorted(names) and set(table.status) == {"done"}
+    assert record["complete"] is True and record["errors"] == {}
+    assert sum(record["counts"].values()) <= len(names) and record["table"] == hashlib.sha256((out / "cases.csv").read_bytes()).hexdigest()
+
+
+def test_two_runs_into_one_folder_lose_nothing(scans, model, tmp_path):
+    "Other scans, other scans again, and the same scans, all at the same time."
+    for name, folder in (("one", "a"), ("two", "b"), ("three", "b")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (scans / f"{name}.nii.gz").rename(tmp_path / folder / f"{name}.nii.gz")
+    out = tmp_path / "out"
+    at_once((tmp_path / "a", model, out), (tmp_path / "b", model, out), (tmp_path / "b", model, out), (tmp_path / "a/one.nii.gz", model, out))
+    agrees(out, ["one", "two", "three"])
+
+
+# --- names, once given, stay -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def patients(tmp_path, phantom):
+    "Folder A with S2010 and S2011; `add(name)` writes another scan."
+    def add(name, seed=None):
+        hu = np.roll(phantom.hu, sum(map(ord, name)) if seed is None else seed, 0)
+        write_nifti(tmp_path / "scans" / f"{name}.nii.gz", hu.astype(np.int16), phantom.affine)
+    add("A/S2010")
+    add("A/S2011")
+    return add
+
+
+def sources(out):
+    "Name -> scan of the cases in cases.csv."
+    table = pd.read_csv(out / "cases.csv", keep_default_na=False)
+    assert table.case.is_unique and table.source.is_unique
+    return {row.case: row.source.partition("/scans/")[2] for row in table.itertuples()}
+
+
+def test_a_name_stays_when_another_scan_of_that_name_appears(patients, model, tmp_path):
+    scans, out = tmp_path / "scans", tmp_path / "out"
+    run(scans, model, out)
+    before = {name: time for name, time in listing(out).items() if "/" in name}
+    patients("B/S2010")
+    again = run(scans, model, out)
+    assert (again.done, again.skipped) == (1, 2) and before.items() <= listing(out).items()
+    assert sources(out) == {"S2010": "A/S2010.nii.gz", "S2011": "A/S2011.nii.gz", "B_S2010": "B/S2010.nii.gz"}
+    (scans / "A/S2010.nii.gz").unlink()
+    third = run(scans, model, out)
+    assert (third.done, third.skipped) == (0, 2), "B keeps its name when A is gone"
+    agrees(out, ["S2010", "S2011", "B_S2010"])
+    patients("C/S2010")
+    assert run(scans, model, out).done == 1 and sources(out)["C_S2010"] == "C/S2010.nii.gz"
+
+
+def test_a_scan_alone_does_not_take_anothers_name(patients, model, tmp_path):
+    patients("B/S2010")
+    for folder, name in (("A", "S2010"), ("B", "S2010_2"), ("A", "S2010"), ("B", "S2010_2")):
+        result = run(tmp_path / "scans" / folder / "S2010.nii.gz", model, tmp_path / "out")
+        assert name in set(result.table.case)
+    agrees(tmp_path / "out", ["S2010", "S2010_2"])
+
+
+@pytest.mark.parametrize("move", ["rename", "link", "relative"])
+def test_scans_that_are_moved_or_named_otherwise_are_the_same_cases(patients, model, tmp_path, monkeypatch, move):
+    out, scans = tmp_path / "out", tmp_path / "scans"
+    patients("B/S2010", seed=sum(map(ord, "A/S2010")))  # the same voxels as A's: two cases all the same
+    run(scans, model, out)
+    before = listing(out)
+    if move == "rename":
+        scans = scans.rename(tmp_path / "moved")
+    elif move == "link":
+        (tmp_path / "linked").symlink_to(scans)
+        scans = tmp_path / "linked"
+    else:
+        monkeypatch.chdir(tmp_path)
+        scans = "scans"
+    again = run(scans, model, out)
+    assert (again.done, again.skipped) == (0, 3) and sorted(again.table.case) == ["A_S2010", "B_S2010", "S2011"]
+    assert {name: time for name, time in listing(out).items() if "/" in name} == {name: time for name, time in before.items() if "/" in name}
+
+
+def test_the_name_of_a_failed_case_stays(patients, model, tmp_path):
+    scans, out = tmp_path / "scans", tmp_path / "out"
+    good = (scans / "A/S2010.nii.gz").read_bytes()
+    (scans / "A/S2010.nii.gz").write_bytes(good[:-100])
+    assert list(run(scans, model, out).errors) == ["S2010"]
+    patients("B/S2010")
+    result = run(scans, model, out)
+    assert list(result.errors) == ["S2010"] and sources(out)["B_S2010"] == "B/S2010.nii.gz"
+    (scans / "A/S2010.nii.gz").write_bytes(good)
+    assert run(scans, model, out).exit_code == 0
+    agrees(out, ["S2010", "S2011", "B_S2010"])
+
+
+def test_a_failure_stays_in_the_table_while_its_scan_is_there(patients, model, tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "scans/A/bad.nii.gz").write_bytes(b"not a scan")
+    run(tmp_path / "scans/A", model, out)
+    patients("B/S2012")
+    assert set(run(tmp_path / "scans/B", model, out).table.case) == {"S2010", "S2011", "S2012", "bad"}
+    (tmp_path / "scans/A/bad.nii.gz").unlink()
+    assert set(run(tmp_path / "scans/B", model, out).table.case) == {"S2010", "S2011", "S2012"}
+
+
+def test_no_case_is_named_like_the_tables(scans, model, tmp_path):
+    (scans / "one.nii.gz").rename(tmp_path / "run.json.nii.gz")
+    assert list(run(tmp_path / "run.json.nii.gz", model, tmp_path / "out").table.case) == ["run.json_2"]
+    agrees(tmp_path / "out", ["run.json_2"])
+
+
+# --- hidden files ----------------------------------------------------------------------------------------------------
+
+
+HIDDEN = [".DS_Store", "Thumbs.db", "desktop.ini", "._1.dcm", "__MACOSX/1.dcm", "sub/.DS_Store", ".git/config"]
+
+
+def test_hidden_files_are_neither_read_nor_hashed(model, tmp_path):
+    series = tmp_path / "scans/series"
+    write_series(series, volume((40, 40, 4)), spacing=(0.5, 0.5, 5.0))
+    for index, name in enumerate(("plain", *HIDDEN)):
+        if index:
+            touch(series, name)
+            (series / name).write_bytes(b"junk" * 50)
+        for path in (series, tmp_path / "scans"):
+            result = run(path, model, tmp_path / "out")
+            assert (result.done, result.skipped, result.failed) == (int(not index and path == series), 1 - int(not index and path == series), 0), name
+    old = {f"2-{k:02d}.dcm": hashlib.sha256((series / f"2-{k:02d}.dcm").read_bytes()).hexdigest() for k in range(1, 5)}
+    text = json.dumps(old, sort_keys=True, separators=(",", ":"))
+    assert read_json(tmp_path / "out/series/case.json")["input"] == hashlib.sha256(text.encode()).hexdigest(), "as 0.1.0 had it"
+
+
+# --- DICOM SEG -------------------------------------------------------------------------------------------------------
+
+
+def no_study(ds, k):
+    del ds.StudyInstanceUID
+
+
+def one_instance(ds, k):
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = "1.2.826.0.9"
+
+
+@pytest.mark.parametrize("change", [no_study, one_instance])
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_series_that_no_seg_can_refer_to_gets_its_mask(model, tmp_path, change, alone):
+    write_series(tmp_path / "scans/bad", volume((40, 40, 4)), change=change, spacing=(0.5, 0.5, 5.0))
+    write_series(tmp_path / "scans/good", volume((40, 40, 4)), spacing=(0.5, 0.5, 5.0))
+    result = run(tmp_path / "scans" / ("bad" if alone else ""), model, tmp_path / "out", dicom_seg=True)
+    assert result.exit_code == 0 and "no DICOM SEG: " in result.table.warnings[0] and "InstanceUID is missing or" in result.table.warnings[0]
+    assert sorted(path.name for path in (tmp_path / "out/bad").iterdir()) == ["case.json", "mask.nii.gz", "overlay.png"]
+    assert alone or (tmp_path / "out/good/mask_seg.dcm").is_file() and "SEG" not in result.table.warnings[1]
+    assert run(tmp_path / "scans" / ("bad" if alone else ""), model, tmp_path / "out", dicom_seg=True).done == 0
+
+
+def test_a_seg_without_its_library_is_refused_before_the_inference(scans, model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(cases_module, "find_spec", lambda name: None, raising=False)
+    monkeypatch.setattr(cases_module, "predict_scan", lambda *arguments, **options: pytest.fail("it began"))
+    with pytest.raises(ValueError, match="highdicom: pip install"):
+        run(scans, model, tmp_path / "out", dicom_seg=True)
+    assert not (tmp_path / "out").exists()
+
+
+# --- a full disk -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code,words", [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "quota is used up"), (errno.EROFS, "read-only")])
+@pytest.mark.parametrize("writer", ["write_like", "save_figure", "write_json"])
+def test_a_full_disk_stops_the_run_and_says_what_is_needed(scans, model, tmp_path, monkeypatch, code, words, writer):
+    "At the second of three cases, whatever is being written; the same call goes on when there is room."
+    out, real = tmp_path / "out", getattr(cases_module, writer)
+
+    def full(*arguments):
+        if any(isinstance(a, os.PathLike) and ".three" in str(a) for a in arguments):
+            raise OSError(code, os.strerror(code), "somewhere")
+        return real(*arguments)
+
+    monkeypatch.setattr(cases_module, writer, full)
+    with pytest.raises(OSError, match=f"out .*{words}.* 2 of 3 cases are left, each of up to 1 MB; those that are done are kept"):
+        run(scans, model, out)
+    assert sorted(path.name for path in out.iterdir()) == ["cases.csv", "one", "run.json"] and read_json(out / "run.json")["complete"] is False
+    assert list(pd.read_csv(out / "cases.csv").case) == ["one"]
+    monkeypatch.setattr(cases_module, writer, real)
+    result = run(scans, model, out)
+    assert (result.done, result.skipped) == (2, 1)
+    agrees(out, ["one", "two", "three"])
+
+
+LIMITED = """
+import resource, sys
+from sahlora.prediction import predict_cases
+predict_cases(*sys.argv[1:4], progress=False)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # room for tables, not for an overlay
+result = predict_cases(*sys.argv[4:7], progress=False)
+print(result.done, result.skipped, result.failed)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a limit on the size of files")
+def test_a_file_that_may_not_grow_fails_its_own_case(scans, model, tmp_path):
+    "A limit on the size of one file says nothing of the next case; really written, not pretended."
+    (tmp_path / "first").mkdir()
+    (scans / "two.nii.gz").rename(tmp_path / "first/two.nii.gz")
+    done = subprocess.run([sys.executable, "-c", LIMITED, tmp_path / "first", model, tmp_path / "out", scans, model, tmp_path / "out"],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.split() == ["0", "0", "2"], done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["cases.csv", "run.json", "two"]
+    assert "too large" in " ".join(read_json(tmp_path / "out/run.json")["errors"].values())
+
+
+# --- what another call left, and what is a user's --------------------------------------------------------------------
+
+
+def inside(out):
+    return {name: time for name, time in listing(out).items() if "/" in name}
+
+
+def test_overwrite_keeps_what_the_same_call_has_done(scans, model, tmp_path, phantom):
+    out = tmp_path / "out"
+    run(scans, model, out)
+    before = inside(out)
+    again = run(scans, model, out, overwrite=True)
+    assert (again.done, again.skipped) == (0, 3) and inside(out) == before
+    write_nifti(scans / "two.nii.gz", np.roll(phantom.hu, 9, 1).astype(np.int16), phantom.affine)
+    again = run(scans, model, out, overwrite=True)
+    assert (again.done, again.skipped) == (1, 2) and {name for name, time in inside(out).items() if before[name] != time} == {
+        "two/mask.nii.gz", "two/overlay.png", "two/case.json"}
+
+
+def test_a_users_files_stay_when_a_case_is_made_again(scans, model, tmp_path):
+    out = tmp_path / "out"
+    run(scans, model, out, save_probabilities=True)
+    touch(out, "one/notes.txt", "one/sub/mine.png", "notes.txt", "mine/notes.txt")
+    result = run(scans, model, out, threshold=0.3, overwrite=True)
+    assert result.done == 3 and not (out / "one/probabilities.nii.gz").exists(), "what no longer belongs to the case goes"
+    files = {"case.json", "mask.nii.gz", "overlay.png"}
+    assert {path.name for path in (out / "one").iterdir()} == {*files, "notes.txt", "sub"} and (out / "one/sub/mine.png").exists()
+    assert (out / "notes.txt").exists() and (out / "mine/notes.txt").exists()
+    assert set(read_json(out / "one/case.json")["files"]) == files - {"case.json"}
+    touch(out, "two/probabilities.nii.gz")
+    result = run(scans, model, out, threshold=0.3, save_probabilities=True, overwrite=True)
+    assert list(result.errors) == ["two"] and "two/probabilities.nii.gz: is no file of this case" in result.errors["two"]
+    assert (out / "two/probabilities.nii.gz").stat().st_size == 0 and (out / "two/mask.nii.gz").exists()
+
+
+@pytest.mark.parametrize("name", ["one/mask.nii.gz", "one/overlay.png", "cases.csv"])
+def test_a_file_that_was_edited_is_not_overwritten_in_silence(scans, model, tmp_path, name):
+    out = tmp_path / "out"
+    run(scans, model, out)
+    was = (out / name).read_bytes()
+    (out / name).write_bytes(was + b"mine")
+    before = listing(out)
+    with pytest.raises(ValueError, match=f"out/one: {Path(name).name} was changed since|out/{name}: was changed since"):
+        run(scans, model, out)
+    assert listing(out) == before
+    result = run(scans, model, out, overwrite=True)
+    assert result.done == int("/" in name) and (out / name).read_bytes() == was
+
+
+def test_a_file_that_was_removed_is_made_again(scans, model, tmp_path):
+    out = tmp_path / "out"
+    run(scans, model, out)
+    was = (out / "one/mask.nii.gz").read_bytes()
+    (out / "one/mask.nii.gz").unlink()
+    assert run(scans, model, out).done == 1 and (out / "one/mask.nii.gz").read_bytes() == was
+
+
+REPLACED = """
+import os, signal, sys
+from sahlora.prediction import cases, predict_cases
+count, real = int(sys.argv[4]), os.replace
+def replace(old, new):
+    global count
+    if "one" in os.fspath(new).split(os.sep)[-2:-1] and ".part." in os.fspath(old).split(os.sep)[-2]:
+        if not count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        count -= 1
+    real(old, new)
+os.replace = replace
+predict_cases(*sys.argv[1:4], progress=False, threshold=0.3, overwrite=True)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_killed_while_a_case_is_replaced(scans, model, tmp_path, count):
+    "Before the first file, after the mask, before case.json: the user's note stays, and the next run makes the case whole."
+    out = tmp_path / "out"
+    run(scans / "one.nii.gz", model, out, save_probabilities=True)
+    (out / "one/notes.txt").write_text("mine")
+    done = subprocess.run([sys.executable, "-c", REPLACED, scans / "one.nii.gz", model, out, str(count)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == -9, done.stderr
+    assert (out / "one/notes.txt").read_text() == "mine" and read_json(out / "one/case.json")["complete"] is False
+    other = run(scans / "two.nii.gz", model, out, threshold=0.3)
+    assert list(other.table.case) == ["two"], "half a case is not in the table"
+    result = run(scans / "one.nii.gz", model, out, threshold=0.3)
+    assert result.done == 1 and (out / "one/notes.txt").read_text() == "mine"
+    assert {path.name for path in (out / "one").iterdir()} == {"case.json", "mask.nii.gz", "overlay.png", "notes.txt"}
+    run(scans / "one.nii.gz", model, tmp_path / "fresh", threshold=0.3)
+    assert (out / "one/mask.nii.gz").read_bytes() == (tmp_path / "fresh/one/mask.nii.gz").read_bytes()
+    agrees(out, ["one", "two"])
+
+
+@pytest.mark.parametrize("name,text", [("run.json", '{"seconds": 3, "strategy": {}}'), ("run.json", "[1]"), ("cases.csv", "case,mine\na,1\n"),
+                                       ("cases.csv", ",".join(CASE_COLUMNS) + "\n")])
+def test_tables_of_others_are_never_overwritten(scans, model, tmp_path, name, text):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text(text)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=f"out/{name}: is there already"):
+            run(scans, model, out, overwrite=overwrite)
+    assert (out / name).read_text() == text and list(listing(out)) == [name]
+
+
+def as_0_1_0(out):
+    "Write the records of a folder as sahlora 0.1.0 wrote them."
+    for path in out.glob("*/case.json"):
+        record = read_json(path)
+        path.write_text(json.dumps({key: value for key, value in record.items() if key not in ("told", "complete")}
+                                   | {"files": sorted(record["files"])}))
+    record = read_json(out / "run.json")
+    del record["table"]
+    (out / "run.json").write_text(json.dumps(record))
+
+
+def test_cases_of_0_1_0_are_gone_on_with(scans, model, tmp_path):
+    out = tmp_path / "out"
+    run(scans / "one.nii.gz", model, out)
+    as_0_1_0(out)
+    before = inside(out)
+    again = run(scans, model, out)
+    assert (again.done, again.skipped) == (2, 1) and before.items() <= inside(out).items()
+    with pytest.raises(ValueError, match="out/one: made with threshold 0.5"):
+        run(scans, model, out, threshold=0.3)
+    as_0_1_0(out)
+    assert run(scans, model, out, threshold=0.3, overwrite=True).done == 3
+    agrees(out, ["one", "two", "three"])
+
+
+@pytest.mark.parametrize("files", [["../../mine.txt"], {"../../mine.txt": None}, ["sub/mine.txt"], [1]])
+def test_a_record_that_names_files_elsewhere_is_refused(scans, model, tmp_path, files):
+    out = tmp_path / "out"
+    run(scans / "one.nii.gz", model, out)
+    (tmp_path / "mine.txt").write_text("mine")
+    (out / "one/case.json").write_text(json.dumps(read_json(out / "one/case.json") | {"files": files}))
+    with pytest.raises(ValueError, match="one/case.json: not written by this command"):
+        run(scans / "one.nii.gz", model, out, threshold=0.3, overwrite=True)
+    assert (tmp_path / "mine.txt").exists()
+
+
+# --- what is known of the weights, and of the packages ---------------------------------------------------------------
+
+
+def test_weights_that_are_not_their_runs_are_refused(scans, net, tmp_path):
+    from sahlora.outputs import output_folder
+
+    with output_folder(tmp_path / "run", "pretrain", {"seed": 1}, ["model.safetensors"]):
+        save_network(tmp_path / "run/model.safetensors", net)
+        with pytest.raises(ValueError, match="model.safetensors: the pretrain that writes it has not ended"):
+            run(scans, tmp_path / "run/model.safetensors", tmp_path / "out")
+    assert run(scans / "one.nii.gz", tmp_path / "run/model.safetensors", tmp_path / "out").done == 1
+    adapted = copy.deepcopy(net)
+    adapt(adapted, "cp-lora", rank=2, where="decoding")
+    with output_folder(tmp_path / "fold", "finetune", {"seed": 1}, ["a.safetensors"]):
+        save_adapter(adapted, tmp_path / "fold/a.safetensors")
+    adapt(net := copy.deepcopy(net), "convlora", rank=2, where="decoding")
+    save_adapter(net, tmp_path / "fold/a.safetensors")
+    with pytest.raises(ValueError, match="a.safetensors: is not the file that record.json"):
+        run(scans, tmp_path / "run/model.safetensors", tmp_path / "other", adapter=tmp_path / "fold/a.safetensors")
+    save_network(tmp_path / "run/model.safetensors", lively(Unet(levels=2, width=4), seed=5))
+    with pytest.raises(ValueError, match="model.safetensors: is not the file that record.json"):
+        run(scans, tmp_path / "run/model.safetensors", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+NO_METADATA = """
+import importlib.metadata as metadata, sys
+real = metadata.version
+def version(name):
+    if name in ("sahlora", "nibabel", "pydicom"):
+        raise metadata.PackageNotFoundError(name)
+    return real(name)
+metadata.version = version
+from sahlora.prediction import predict_cases
+predict_cases(*sys.argv[1:4], progress=False)
+"""
+
+
+def test_versions_that_are_not_known_do_not_stop_a_run(scans, model, tmp_path):
+    done = subprocess.run([sys.executable, "-c", NO_METADATA, scans / "one.nii.gz", model, tmp_path / "out"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = read_json(tmp_path / "out/run.json")
+    assert found["versions"]["sahlora"] == found["versions"]["nibabel"] == found["versions"]["pydicom"] == found["sahlora"] == "unknown"
+    assert found["versions"]["torch"] == torch.__version__

@@ -35,7 +35,7 @@ def store(tmp_path_factory):
         mask = np.zeros((16, 16, 3), np.uint8)
         mask[4:10, 4:10, 1] = k < 4
         cases.append(Case(f"c{k}", f"p{k}", "toy", hu + 60 * mask.astype(np.int16), mask, np.diag([-1.0, -1, 5, 1])))
-    return open_store(write_cohort(tmp_path_factory.mktemp("toy") / "cohort", cases))
+    return open_store(write_cohort(tmp_path_factory.mktemp("toy") / "cohort", cases), 4)
 
 
 def everything(store):
@@ -70,9 +70,9 @@ def test_other_content_is_another_store(tmp_path):
         return Case("c", "p", "toy", np.full((16, 18, 2), value, np.int16), np.zeros((16, 18, 2), np.uint8), np.eye(4))
 
     cohort = write_cohort(tmp_path / "one", [case(10)])
-    first = open_store(cohort)
-    assert open_store(cohort).folder == first.folder and first.size == (20, 16)
-    again = open_store(write_cohort(tmp_path / "one", [case(11)]))
+    first = open_store(cohort, 4)
+    assert open_store(cohort, 4).folder == first.folder and first.size == (20, 16)
+    again = open_store(write_cohort(tmp_path / "one", [case(11)]), 4)
     assert again.folder != first.folder and again.read([0])[0].max() == 11
 
 
@@ -95,7 +95,7 @@ def test_a_store_made_by_many_at_once_is_one_store(store, tmp_path, monkeypatch)
 def test_slices_of_two_sizes_are_refused(tmp_path):
     cases = [Case(f"c{n}", f"p{n}", "toy", np.zeros((n, 16, 2), np.int16), np.zeros((n, 16, 2), np.uint8), np.eye(4)) for n in (16, 24)]
     with pytest.raises(ValueError, match="c24.*one slice size"):
-        open_store(write_cohort(tmp_path / "c", cases))
+        open_store(write_cohort(tmp_path / "c", cases), 4)
     assert not list((tmp_path / "c/cache").iterdir())
 
 
@@ -256,7 +256,7 @@ def test_two_slices_can_be_learned_by_heart(tmp_path):
         mask[8 + 6 * k : 18 + 6 * k, 6:20] = 1
         hu = np.rint(draw.normal(35, 8, mask.shape) + 25 * mask).astype(np.int16)
         cases.append(Case(f"c{k}", f"p{k}", "toy", hu, mask, np.diag([-1.0, -1, 5, 1]), spacing="unknown"))
-    two = open_store(write_cohort(tmp_path / "two", cases))
+    two = open_store(write_cohort(tmp_path / "two", cases), 4)
     net = network(levels=2)
     train(net, two, everything(two), Training(steps=150, batch_size=2, learning_rate=3e-3, augmentation=NO_AUGMENTATION), quiet=True)
     hu, masks = two.read([0, 1])
@@ -331,7 +331,7 @@ from sahlora.training import Training, save_network, train
 from sahlora.unet import MultiViewUnet
 torch.set_num_threads(1)
 folder, out = map(Path, sys.argv[1:])
-store = open_store(Cohort.read(folder))
+store = open_store(Cohort.read(folder), 4)
 torch.manual_seed(int(out.stem[-1]) * 77)
 net = MultiViewUnet(levels=1)
 start = torch.Generator().manual_seed(0)
@@ -414,7 +414,7 @@ from sahlora.cohort import Cohort
 from sahlora.slices import open_store
 from sahlora.training import Training, train
 from sahlora.unet import MultiViewUnet
-store = open_store(Cohort.read(sys.argv[1]))
+store = open_store(Cohort.read(sys.argv[1]), 4)
 train(MultiViewUnet(levels=2), store, np.arange(len(store)), Training(steps=20), quiet=True)
 print(len(set(store.patients)), len(store), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """

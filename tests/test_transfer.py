@@ -182,7 +182,7 @@ def test_norms_of_an_adapter_with_extras_follow_the_batch_and_the_base_keeps_its
 
 def test_norm_statistics_are_those_of_one_pass_by_hand(made):
     "Layer by layer with numpy's mean and variance over the whole set in one batch."
-    store = open_store(made[1])
+    store = open_store(made[1], 4)
     torch.manual_seed(2)
     net = MultiViewUnet(levels=1)
     x = (store.read(range(len(store)))[0] / 140).clamp(0, 1)
@@ -430,7 +430,7 @@ def learned_and_constant(folder, cohort, planes):
     "Soft Dice on three patients after training on seven, by the network and by the best constant mask; `planes`: their masks."
     cases = [Case(row.case, row.patient, row.site, ct.hu.astype(np.int16), mask, ct.affine)
              for row, (_, ct, _), mask in zip(cohort.table.itertuples(), cohort, planes)]
-    store = open_store(write_cohort(folder, cases))
+    store = open_store(write_cohort(folder, cases), 4)
     torch.manual_seed(0)
     net = MultiViewUnet(levels=2)
     train(net, store, store.rows(cohort.patients[:7]), Training(steps=150, batch_size=8, learning_rate=3e-3), quiet=True)

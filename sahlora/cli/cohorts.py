@@ -18,16 +18,16 @@ from .core import FillNan, Orientation, Overwrite, Spacing, Window, cohort, one_
 def cohort_make(
     kind: Annotated[str, typer.Option(help="tbi (trauma) or sah (ruptured aneurysm; asah is the same).",
                                        autocompletion=one_of("tbi", "sah"))],
-    cases: Annotated[int, typer.Option(help="How many patients.")],
+    cases: Annotated[int, typer.Option(help="How many patients.", min=1, max=10_000)],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     seed: Annotated[int, typer.Option(help="Another seed, other patients.")] = 0,
     grid: Annotated[str, typer.Option(help="Pixels across x front to back of a 160 x 200 mm field.")] = "64x80",
     slices: Annotated[int, typer.Option(help="Slices of 5 mm.")] = 28,
-    workers: Annotated[int, typer.Option(help="Processes at work.")] = 1,
+    workers: Annotated[int, typer.Option(help="Processes at work.", min=1, max=256)] = 1, overwrite: Overwrite = False,
 ) -> None:
     """Make procedural head CTs with blood, and masks of it. Synthetic, no clinical claim.
 
-    Writes images/, labels/ and cohort.csv; cases that stand there already, made by the same code, are kept.
+    Writes images/, labels/ and cohort.csv. The same command again keeps what is there, and goes on where it was stopped.
 
     \b
     Example:
@@ -36,10 +36,10 @@ def cohort_make(
     from sahlora.cohort import bin_counts, cohort_table, make_phantom_cohort, planned_bins
 
     across, _, back = grid.partition("x")
-    if not (across.isdigit() and back.isdigit()):
+    if not (across.isdecimal() and back.isdecimal()):
         raise ValueError(f"--grid {grid!r}: two numbers of pixels are needed, such as --grid 64x80")
     typer.echo(f"planned scans by mL of blood: {_counts(planned_bins(kind, cases, seed))}")
-    made = make_phantom_cohort(out, kind, cases, seed, (int(across), int(back)), slices, workers)
+    made = make_phantom_cohort(out, kind, cases, seed, (int(across), int(back)), slices, workers, overwrite)
     typer.echo(f"{cohort_table(made).to_string()}\nscans by mL of blood: {_counts(bin_counts(made.table.blood_ml))}\n"
                "synthetic, no clinical claim")
 
@@ -75,7 +75,7 @@ def cohort_import(
     """
     from sahlora.imports import import_cohort
 
-    number = int(rater) if rater.isdigit() else rater
+    number = int(rater) if rater.isdecimal() else rater
     done = import_cohort(layout, source, out, blood=blood, labels=labels, rater=number, patients=patients, site=site, size=size,
                          window=typed_numbers(window, "--window", 2), spacing=typed_numbers(spacing, "--spacing", 3),
                          orientation=orientation, fill_nan=fill_nan, overwrite=overwrite, progress=True)
@@ -127,7 +127,7 @@ def cohort_check(
 def cohort_show(
     folder: _Folder,
     out: Annotated[Path, typer.Option(help="Picture to write (.png, .svg or .pdf).")] = Path("cohort.png"),
-    count: Annotated[int, typer.Option(help="Scans on the picture.")] = 15,
+    count: Annotated[int, typer.Option(help="Scans on the picture.", min=1)] = 15,
 ) -> None:
     """Draw a sheet of pictures, and print a table of sizes, patients and millilitres.
 

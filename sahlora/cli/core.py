@@ -158,7 +158,7 @@ Spacing = Annotated[str | None, typer.Option(help="ACROSS,BACK,UP in mm where a 
 Orientation = Annotated[str | None, typer.Option(help="Letters such as LPS where a NIfTI header has no orientation.")]
 FillNan = Annotated[bool, typer.Option("--fill-nan", help="Fill voxels that are not a number with air.")]
 AllowGaps = Annotated[bool, typer.Option("--allow-gaps", help="Accept a DICOM series with missing slices.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands there already.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the files that another call left there; its record.json lists them.")]
 
 # %% ../../nbs/80_cli.core.ipynb #9c430c9d
 Out = Annotated[Path, typer.Option(help="Folder to write.")]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .core import METHOD_NAMES, Device, Out, Precision, Quiet, app, one_of, typed_numbers
+from .core import METHOD_NAMES, Device, Out, Overwrite, Precision, Quiet, app, one_of, typed_numbers
 
 if TYPE_CHECKING:
     from sahlora.strategies import Strategy
@@ -28,6 +28,9 @@ _Option = Annotated[list[str] | None, typer.Option(help="More about the training
                     "loss=dice+ce, optimizer=adamw, weight_decay=0.01, clip=1, average=0.99, patience=5, compile=true.")]
 
 
+_OWN = ("steps", "batch_size", "learning_rate", "seed", "precision", "device", "workers")  # with options of the command's
+
+
 def _training_options(given: list[str] | None, device: str, workers: int) -> dict[str, Any]:
     "Options of a Training from name=value. Raises: ValueError for what is not of that form."
     import yaml
@@ -40,6 +43,8 @@ def _training_options(given: list[str] | None, device: str, workers: int) -> dic
         number = yaml.safe_load(value)
         with contextlib.suppress(ValueError):  # YAML takes 1e-3 for text
             number = float(number) if isinstance(number, str) else number
+        if name in _OWN:
+            raise ValueError(f"--option {text}: write it as --{name.replace('_', '-')} {value}")
         values[name] = number
     return values
 
@@ -52,11 +57,11 @@ def pretrain(
     network: Annotated[str, typer.Option(help="multi-view-unet or unet.",
                                          autocompletion=one_of("multi-view-unet", "unet"))] = "multi-view-unet",
     precision: Precision = "auto", device: Device = "auto", threads: _Threads = None, workers: _Workers = 0,
-    option: _Option = None, tensorboard: _Board = None,
+    option: _Option = None, tensorboard: _Board = None, overwrite: Overwrite = False,
 ) -> None:
     """Train a fresh network on a source cohort.
 
-    Writes model.safetensors, history.csv, epochs.csv and run.json. The same command goes on where it was stopped.
+    Writes model.safetensors, history.csv, epochs.csv and run.json. The same command goes on where it was stopped, and keeps what is done.
 
     \b
     Example:
@@ -69,7 +74,7 @@ def pretrain(
     choose_threads(threads)
     training = {**_training_options(option, device, workers), "steps": steps, "batch_size": batch_size,
                 "learning_rate": learning_rate, "seed": seed, "precision": precision}
-    history = run(Cohort.read(cohort), out, {"name": network}, training, quiet, tensorboard)
+    history = run(Cohort.read(cohort), out, {"name": network}, training, quiet, tensorboard, overwrite)
     typer.echo(f"{out / 'model.safetensors'}: {len(history)} steps, soft Dice of the last batches {history.dice.tail(20).mean():.3f}")
 
 # %% ../../nbs/80_cli.networks.ipynb #bdf443c3
@@ -88,35 +93,35 @@ def finetune(
                                                     "inner split. An adapter wants more than fine-tuning.")] = "1e-3",
     folds: Annotated[Path | None, typer.Option(help="folds.json; by default the cohort's, drawn if it has none.")] = None,
     precision: Precision = "auto", device: Device = "auto", threads: _Threads = None, workers: _Workers = 0,
-    option: _Option = None, tensorboard: _Board = None,
+    option: _Option = None, tensorboard: _Board = None, overwrite: Overwrite = False,
 ) -> None:
     """Adapt pre-trained weights to a target cohort, fold by fold, and score each patient by a network that never saw them.
 
-    Writes an adapter per fold, patients.csv with the scores, and run.json. The same command goes on where it was stopped.
+    Writes an adapter per fold, patients.csv with the scores, and run.json. The same command goes on where it was stopped, and keeps what is done.
 
     \b
     Examples:
       sahlora finetune --base runs/base/model.safetensors --cohort cohorts/target --out runs/cp-lora
       sahlora finetune --base phantom --cohort cohorts/mine --method decoding --out runs/fine-tuning
     """
+    from sahlora.hardware import choose_threads
     from sahlora.strategies import Strategy
 
     rates = typed_numbers(learning_rate, "--learning-rate")
     strategy = Strategy(method, region, rank, None, steps, batch_size, rates if len(rates) > 1 else rates[0], seed, precision,
                         extras, training=_training_options(option, device, workers))
-    _finetune(base, cohort, folds, strategy, out, threads, quiet, tensorboard)
+    choose_threads(threads)
+    _finetune(base, cohort, folds, strategy, out, quiet=quiet, tensorboard=tensorboard, overwrite=overwrite)
 
 # %% ../../nbs/80_cli.networks.ipynb #3959d610
-def _finetune(base: Path, cohort: Path, folds: Path | None, strategy: "Strategy", out: Path, threads: int | None,
-              quiet: bool, tensorboard: Path | None) -> None:
+def _finetune(base: Path, cohort: Path, folds: Path | None, strategy: "Strategy", out: Path, **options: Any) -> None:
+    "Find weights, cohort and folds, fine-tune, say how it went."
     from sahlora.cohort import Cohort
     from sahlora.folds import folds_for, read_folds
-    from sahlora.hardware import choose_threads
     from sahlora.models import find_weights
     from sahlora.transfer import cross_validate
 
-    choose_threads(threads)
     base, target = find_weights(base), Cohort.read(cohort)
     plan = read_folds(folds, target) if folds else folds_for(target, cohort / "folds.json")
-    table = cross_validate(base, target, strategy, plan, out, quiet=quiet, tensorboard=tensorboard)
+    table = cross_validate(base, target, strategy, plan, out, **options)
     typer.echo(f"{out / 'patients.csv'}: {len(table)} patients, soft Dice {table.dice_soft.mean():.3f} on average")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .check import check_hu, check_placed
+from .check import check_hu, check_placed, is_hidden
 from .core import HeadCT, window
 from .nifti import read_nifti, write_like, write_nifti
 
@@ -51,7 +51,8 @@ def _read_dicom(path: Path, series: str | None, spacing: Sequence[float] | None,
     "A scan from DICOM, not yet checked."
     if spacing is not None or orientation is not None:
         raise ValueError(f"{path}: --spacing and --orientation are for NIfTI; DICOM says where its slices lie: drop them")
-    if path.is_dir() and (names := sorted(p.name for p in path.iterdir() if p.name.endswith((".nii", ".nii.gz")))):
+    files = sorted(p.name for p in path.iterdir() if not is_hidden(p)) if path.is_dir() else []
+    if names := [name for name in files if name.endswith((".nii", ".nii.gz"))]:
         raise ValueError(f"{path}: a folder of NIfTI files ({', '.join(names[:3])}{', ...' * (len(names) > 3)}); name one")
     from sahlora.ct.dicom import read_dicom  # imported here: it takes as long as all the rest
 

@@ -12,7 +12,6 @@ import stat
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,12 +24,13 @@ from pydicom.uid import (
 )
 from pydicom.valuerep import DS
 
+from .check import some_of
 from .core import HeadCT, even_stacks, find_gaps, from_lps, owned_mm, stack_spacing, to_lps, tolerance
 from sahlora.ct.series import (
     NEEDED, File, Header, choice_notes, choose_series, kind_of, list_series, open_files, parse_dicom, quiet_pydicom,
-    read_header, some_of,
+    read_header,
 )
-from ..files import atomic_path
+from ..files import atomic_path, package_version
 
 # %% ../../nbs/10_ct.dicom.ipynb #bfe6525d
 _all_ = ["list_series"]
@@ -39,7 +39,7 @@ _all_ = ["list_series"]
 def _check_tags(headers: Sequence[Header], where: str) -> None:
     "Raises: ValueError that lists the tags that are missing, or hold what can not be, and their files."
     lacks = {keyword: [header for header in headers if keyword not in header.numbers] for keyword in NEEDED}
-    missing = [f"{keyword} in {some_of(lacking)}" for keyword, lacking in lacks.items() if lacking]
+    missing = [f"{keyword} in {some_of(lacking, 4)}" for keyword, lacking in lacks.items() if lacking]
     if missing:
         raise ValueError(f"{where}: tags missing or not readable: {'; '.join(missing)}; export the series again "
                          "with them")
@@ -55,7 +55,7 @@ def _check_values(headers: Sequence[Header], where: str) -> None:
         zero = [header for header in headers if not (header.numbers[keyword] > 0).all()]
         if zero:
             value = _values(zero[0].numbers[keyword])
-            raise ValueError(f"{where}: {keyword} is {value} in {some_of(zero)}, and must be above 0; export the "
+            raise ValueError(f"{where}: {keyword} is {value} in {some_of(zero, 4)}, and must be above 0; export the "
                              "series again")
     for header in headers:
         row, column = header.numbers["ImageOrientationPatient"].reshape(2, 3)
@@ -80,11 +80,11 @@ def _check_same(headers: Sequence[Header], where: str) -> None:
             home.append(header) if home is not None else groups.append((value, [header]))
         if len(groups) > 1:
             groups.sort(key=lambda group: -len(group[1]))
-            each = "; ".join(f"{_values(value)} in {len(group)} ({some_of(group)})" for value, group in groups[:3])
+            each = "; ".join(f"{_values(value)} in {len(group)} ({some_of(group, 4)})" for value, group in groups[:3])
             raise ValueError(f"{where}: mixed series: {keyword} is {each}; keep the files of one reconstruction alone")
     patients = sorted({header.text["PatientID"] for header in headers} - {""})
     if len(patients) > 1:
-        raise ValueError(f"{where}: mixed series: several patients (PatientID {some_of(patients)}); "
+        raise ValueError(f"{where}: mixed series: several patients (PatientID {some_of(patients, 4)}); "
                          "keep the files of one of them alone")
 
 # %% ../../nbs/10_ct.dicom.ipynb #0798a869
@@ -336,9 +336,9 @@ def _left_out(headers: Sequence[Header], copies: Sequence[Header]) -> list[str]:
     "Files of the series that are not slices, and copies of slices, in words."
     kinds = Counter(kind for header in headers if (kind := kind_of(header)))
     names = {kind: [header.file.name for header in headers if kind_of(header) == kind] for kind in kinds}
-    notes = [f"left out of the series: {kind}: {some_of(names[kind])}" for kind in kinds]
+    notes = [f"left out of the series: {kind}: {some_of(names[kind], 4)}" for kind in kinds]
     if copies:
-        notes.append(f"left out: {len(copies)} copies of slices: {some_of([header.file.name for header in copies])}")
+        notes.append(f"left out: {len(copies)} copies of slices: {some_of([header.file.name for header in copies], 4)}")
     return notes
 
 # %% ../../nbs/10_ct.dicom.ipynb #eb549ad3
@@ -442,7 +442,7 @@ def _finding(label: str) -> Dataset:
         segmented_property_type=hd.sr.CodedConcept(*FINDINGS[label]),
         algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=hd.AlgorithmIdentificationSequence(
-            name="sahlora", version=version("sahlora"), family=codes.DCM.ArtificialIntelligence),
+            name="sahlora", version=package_version("sahlora"), family=codes.DCM.ArtificialIntelligence),
         anatomic_regions=[codes.SCT.Head],
     )
 
@@ -451,7 +451,7 @@ def _segmentation(sources: Sequence[Dataset], planes: np.ndarray, label: str) ->
     "A binary SEG of planes (Z, rows, columns) on these slices; an empty mask keeps all of its frames."
     import highdicom as hd
 
-    one, release = sources[0], version("sahlora")
+    one, release = sources[0], package_version("sahlora")
     content = [label, release, hashlib.sha256(planes.tobytes()).hexdigest(), *(source.SOPInstanceUID for source in sources)]
     series, instance, dimensions = (generate_uid(entropy_srcs=[word, *content]) for word in ("series", "one", "axes"))
     dates = [str(one.get(f"{event}Date") or "") for event in ("Content", "Series", "Acquisition", "Study")]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ZIP_LIMIT', 'NEEDED', 'File', 'open_files', 'quiet_pydicom', 'parse_dicom', 'Header', 'read_header', 'kind_of',
-           'Series', 'list_series', 'some_of', 'choose_series', 'choice_notes']
+           'Series', 'list_series', 'choose_series', 'choice_notes']
 
 # %% ../../nbs/10_ct.series.ipynb #5bef586e
 import errno
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from lzma import LZMAError
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
@@ -31,6 +31,7 @@ from pydicom import Dataset, dcmread
 from pydicom.config import IGNORE, disable_value_validation
 from pydicom.uid import UID
 
+from .check import is_hidden
 from .core import angle_degrees
 
 # %% ../../nbs/10_ct.series.ipynb #a90a511d
@@ -50,17 +51,13 @@ class File:
         return str(self.path) if self.member is None else f"{self.path}:{self.member}"
 
 
-def _is_side_file(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
-
-
 def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[File]:
     "Regular files below a folder, by name; a folder reached twice through links is entered once."
     status = os.stat(folder)
     if (status.st_dev, status.st_ino) in seen:
         return
     seen.add((status.st_dev, status.st_ino))
-    for name in sorted(name for name in os.listdir(folder) if not _is_side_file(name)):
+    for name in sorted(name for name in os.listdir(folder) if not is_hidden(name)):
         mode = os.stat(folder / name).st_mode
         if stat.S_ISDIR(mode):
             yield from _walk(folder / name, seen)
@@ -88,7 +85,7 @@ def _members(path: Path) -> list[File]:
     "The files of a zip. Raises: ValueError when it is damaged, encrypted or too big."
     with _unzipping(path), ZipFile(path) as archive:
         members = [info for info in archive.infolist()
-                   if not info.is_dir() and not any(map(_is_side_file, info.filename.split("/")))]
+                   if not info.is_dir() and not any(map(is_hidden, PurePosixPath(info.filename).parts))]
     if any(info.flag_bits & 1 for info in members):
         raise ValueError(f"{path}: the zip is encrypted; unpack it with its password and name the folder")
     size = sum(info.file_size for info in members)
@@ -401,12 +398,6 @@ def _keys(found: Sequence[Series]) -> dict[str, str]:
     return keys
 
 # %% ../../nbs/10_ct.series.ipynb #68964013
-def some_of(names: Sequence[object], most: int = 4) -> str:
-    "The first names of many, as a list."
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(str, names[:most])) + more
-
-
 def _listed(found: Sequence[Series]) -> str:
     keys = _keys(found)
     return "; ".join(str(series) if series.problem else f"{series} [--series {keys[series.uid]}]" for series in found)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NIFTI', 'DICOM', 'LOOKED_FOR', 'CASE_COLUMNS', 'load_model', 'find_cases', 'case_row', 'failed_row', 'whole_folder',
-           'CaseOptions', 'input_hash', 'is_dicom_scan', 'CaseRun', 'predict_cases']
+           'CaseOptions', 'input_hash', 'is_dicom_scan', 'keep_names', 'CaseRun', 'predict_cases']
 
 # %% ../../nbs/60_prediction.cases.ipynb #1f780572
 import errno
@@ -13,12 +13,12 @@ import json
 import os
 import shutil
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from html import escape
-from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +26,40 @@ import pandas as pd
 from torch import nn
 from tqdm import tqdm
 
+# %% ../../nbs/60_prediction.cases.ipynb #87d3c6eb
 from ..adapters import load_adapter, merged_copy
-from ..cohort import Cohort
+from ..cohort import Cohort, window_of
 from ..ct import HeadCT, read_ct, write_like
+from ..ct.check import is_hidden
 from ..ct.core import stack_spacing
 from ..ct.nifti import StoredNifti
 from ..figures import save_figure
-from ..files import PART, file_hash, load_tensors, object_hash, plain_words, read_json, remove_leftovers, write_csv, write_json
+from sahlora.files import (
+    PART, file_hash, load_tensors, object_hash, package_version, plain_words, read_json,
+    temporary_name, write_csv, write_json,
+)
 from ..hardware import choose_device, choose_precision, keep_memory, run_facts
-from .scan import InputSpec, Prediction, check_numbers, predict_scan
+from ..options import options
+from ..outputs import check_recorded, sole_writer
+from .scan import InputSpec, Prediction, ScanOptions, predict_scan
 from .sheet import CAUTION
-from ..training import load_network
+from ..training import Devices, Precisions, load_network
 
 # %% ../../nbs/60_prediction.cases.ipynb #acf0f251
 def load_model(path: str | Path, adapter: str | Path | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """The network in a model file, an adapter merged into it if one is named, and the model's header.
 
     The network keeps the header's `InputSpec`: `predict_scan` then brings scans to the pixels it was trained on.
-    Raises: FileNotFoundError; ValueError for a file that is damaged, no model, or of another base than the adapter's.
+    Raises: FileNotFoundError; ValueError for a file that is damaged, no model, of another base than
+    the adapter's, or not the one that its run wrote.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; a model is the model.safetensors that pre-training writes")
     _, header = load_tensors(path)
     if header.get("format") == "sahlora adapter":
         raise ValueError(f"{path}: is an adapter; name it as --adapter, and the network it was trained on as --model")
+    for file in (path, adapter) if adapter else (path,):
+        check_recorded(file)
     try:
         net, header = load_network(path)
         vars(net)["input_spec"] = InputSpec.from_header(header)
@@ -81,7 +91,7 @@ def _is_dicom(path: Path) -> bool:
 # %% ../../nbs/60_prediction.cases.ipynb #8c126235
 def _walk(folder: Path, seen: set[str], dicom: bool = False) -> Iterator[Path]:
     "Scans in a folder and below; `seen`: real paths not to enter (again); `dicom`: a folder above reads its DICOM."
-    names = sorted(n for n in os.listdir(folder) if not n.startswith(".") and n != "__MACOSX")
+    names = sorted(n for n in os.listdir(folder) if not is_hidden(n))
     files = [path for path in (folder / n for n in names) if path.is_file() or not path.exists()]  # broken links too
     yield from (path for path in files if path.name.lower().endswith((*NIFTI, ".zip")))
     if not dicom and any(map(_is_dicom, files)):
@@ -102,9 +112,20 @@ def _stem(path: Path) -> str:
     "A scan's name: the file's without its ending, or the folder's."
     name = Path(os.path.abspath(path)).name
     ending = next((e for e in (*reversed(NIFTI), ".zip") if name.lower().endswith(e) and not path.is_dir()), "")
-    return name[: len(name) - len(ending)]
+    return name[: len(name) - len(ending)] or name
 
 
+_OURS = ("cases.csv", "run.json")  # names that no case may have
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    "The name, with a number where it is taken; `taken` (in lower case) then holds it."
+    names = (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3)))
+    free = next(one for one in names if one.casefold() not in taken)
+    taken.add(free.casefold())
+    return free
+
+# %% ../../nbs/60_prediction.cases.ipynb #3241e185
 def _unique(paths: Sequence[Path], root: Path) -> dict[str, Path]:
     "Names for scans: the stem, with as many folders in front as tell equal ones apart, at last a number."
     parts = {path: [*path.relative_to(root).parts[:-1], _stem(path)] for path in paths}
@@ -116,23 +137,11 @@ def _unique(paths: Sequence[Path], root: Path) -> dict[str, Path]:
         if not clash:
             break
         depth.update({path: depth[path] + 1 for path in clash})
-    taken, unique = {"cases.csv", "run.json"}, {}
-    for path, name in names.items():
-        free = next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(paths) + 4))) if n.casefold() not in taken)
-        taken.add(free.casefold())
-        unique[free] = path
-    return unique
+    taken = set(_OURS)
+    return {_free_name(name, taken): path for path, name in names.items()}
 
 # %% ../../nbs/60_prediction.cases.ipynb #cc3606eb
 LOOKED_FOR = "NIfTI files (.nii, .nii.gz), folders with DICOM files, zips of them, or a cohort.csv"
-
-
-def _cohort_cases(folder: Path) -> dict[str, Path]:
-    "The images of a cohort, by case. Raises: ValueError for a table that is wrong."
-    table = Cohort.read(folder).table
-    if bad := [name for name in table.case if Path(name).name != name or name.startswith(".")]:
-        raise ValueError(f"{folder / 'cohort.csv'}: case {bad[0]!r} can not name a folder; rename it")
-    return {row.case: folder / row.image for row in table.itertuples()}
 
 
 def find_cases(path: str | Path, skip: Sequence[str | Path] = ()) -> dict[str, Path]:
@@ -149,8 +158,8 @@ def find_cases(path: str | Path, skip: Sequence[str | Path] = ()) -> dict[str, P
     if not path.is_dir():
         raise ValueError(f"{path}: neither a file nor a folder; looked for {LOOKED_FOR}")
     if (path / "cohort.csv").is_file():
-        return _cohort_cases(path)
-    if any(_is_dicom(path / name) for name in sorted(os.listdir(path)) if not name.startswith(".")):
+        return {row.case: path / row.image for row in Cohort.read(path).table.itertuples()}
+    if any(_is_dicom(path / name) for name in sorted(os.listdir(path)) if not is_hidden(name)):
         return {_stem(path): path}
     found = list(_walk(path, {os.path.realpath(p) for p in (path, *skip)}))
     if not found:
@@ -188,123 +197,164 @@ def failed_row(name: str, source: str | Path, error: Exception) -> dict[str, Any
     return {"case": name, "source": str(source), "status": "failed", "warnings": "", "error": words}
 
 # %% ../../nbs/60_prediction.cases.ipynb #657aa197
+def _read_case(folder: Path) -> dict[str, Any]:
+    "case.json, and hashes of a case's files by name. Raises: ValueError for one that is not ours."
+    record = read_json(folder / "case.json")
+    ours = isinstance(record, dict) and {"row", "input", "settings", "files"} <= record.keys()
+    if not ours or any(Path(str(name)).name != name for name in record["files"]):
+        raise ValueError(f"{folder / 'case.json'}: not written by this command; take another --out")
+    if isinstance(record["files"], list):  # of sahlora 0.1.0, which did not write hashes
+        record["files"] = dict.fromkeys(record["files"])
+    return {"complete": True, **record}
+
+# %% ../../nbs/60_prediction.cases.ipynb #423f82d5
+def _replace_files(folder: Path, part: Path) -> None:
+    "Move the files of `part` to where the case's old ones are; until all are, case.json says so."
+    record, new = _read_case(folder), {file.name for file in part.iterdir()} - {"case.json"}
+    if strange := sorted(name for name in new - record["files"].keys() if (folder / name).exists()):
+        raise ValueError(f"{folder / strange[0]}: is no file of this case; move it elsewhere")
+    files = record["files"] | dict.fromkeys(new)
+    write_json(folder / "case.json", {**record, "files": files, "complete": False})
+    for name in files.keys() - new:
+        (folder / name).unlink(missing_ok=True)
+    for name in (*sorted(new), "case.json"):
+        os.replace(part / name, folder / name)
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    "A temporary folder that takes the name and the place of `folder` when all went well, and is removed when not."
-    part, old = (folder.with_name(f"{PART}{word}.{folder.name}") for word in ("new", "old"))
-    made = [parent for parent in folder.parents if not parent.exists()]
+    "A temporary folder that, when all went well, becomes `folder` or replaces the case in it."
+    part = temporary_name(folder)
     try:
         part.mkdir(parents=True)
         yield part
         if folder.exists():
-            os.replace(folder, old)
-        os.replace(part, folder)
+            _replace_files(folder, part)
+        else:
+            os.replace(part, folder)
     finally:
-        for left in (part, old):
-            shutil.rmtree(left, ignore_errors=True)
-        for parent in made:
-            if parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()
+        shutil.rmtree(part, ignore_errors=True)
 
 # %% ../../nbs/60_prediction.cases.ipynb #b5a9bbc5
-@dataclass(frozen=True)
-class CaseOptions:
-    "How cases are predicted. `read`: what `read_ct` is told. Neither the device nor the batch is part of it."
+@options
+class CaseOptions(ScanOptions):
+    "How cases are predicted. `read`: what `read_ct` is told."
 
-    threshold: float = 0.5
-    tta: bool = False
-    precision: str = "auto"
     save_probabilities: bool = False
     dicom_seg: bool = False
     read: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_numbers(self.threshold, None)
-        if unknown := sorted(set(self.read) - (set(inspect.signature(read_ct).parameters) - {"path"})):
+        if unknown := sorted(self.read.keys() - inspect.signature(read_ct).parameters.keys()):
             raise TypeError(f"read_ct takes no {', '.join(unknown)}")
+        if self.dicom_seg and not find_spec("highdicom"):
+            raise ValueError("--dicom-seg needs highdicom: pip install 'sahlora[dicom]'")
 
-
+# %% ../../nbs/60_prediction.cases.ipynb #bb06925e
 def input_hash(path: str | Path) -> str:
-    "SHA-256 of a scan: of the file, or of the names and contents of all files in a folder."
-    path = Path(path)
+    "SHA-256 of a scan: of the file, or of names and contents of a folder's files, hidden ones not."
+    path, files = Path(path), []
     if not path.is_dir():
         return file_hash(path)
-    files = sorted(Path(root) / name for root, _, names in os.walk(path) for name in names)
+    for root, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        files += [Path(root, name) for name in names if not is_hidden(name)]
     return object_hash({str(f.relative_to(path)): file_hash(f) for f in files if f.is_file()})
 
 # %% ../../nbs/60_prediction.cases.ipynb #0e687bc4
-def _write_case(folder: Path, name: str, prediction: Prediction, options: CaseOptions) -> list[str]:
-    "A case's files into `folder`; notes on what could not be written."
-    p, notes = prediction, []
-    write_like(p.ct, p.mask, folder / "mask.nii.gz")
-    if options.save_probabilities:
-        write_like(p.ct, p.probabilities, folder / "probabilities.nii.gz")
-    if options.dicom_seg and is_dicom_scan(p.ct):
-        from sahlora.ct.dicom import write_seg
-
-        write_seg(p.ct, p.mask, folder / "mask_seg.dcm")
-    elif options.dicom_seg:
-        notes.append("warning: no DICOM SEG: the scan is not DICOM")
-    save_figure(p.sheet(name), folder / "overlay.png")
-    return notes
-
-
 def is_dicom_scan(ct: HeadCT) -> bool:
     "Whether a scan was read from DICOM."
     return ct.stored is not None and not isinstance(ct.stored, StoredNifti)
 
+
+def _write_seg(p: Prediction, path: Path) -> list[str]:
+    "The mask as DICOM SEG where there can be one; else a note that says why not."
+    if not is_dicom_scan(p.ct):
+        return ["warning: no DICOM SEG: the scan is not DICOM"]
+    from sahlora.ct.dicom import write_seg
+
+    try:
+        write_seg(p.ct, p.mask, path)
+    except ValueError as error:
+        return [f"warning: no DICOM SEG: {str(error).removeprefix(f'{path}: ')}"]
+    return []
+
+# %% ../../nbs/60_prediction.cases.ipynb #10b14906
+def _write_case(folder: Path, name: str, p: Prediction, options: CaseOptions) -> list[str]:
+    "A case's files into `folder`; notes on what could not be written."
+    write_like(p.ct, p.mask, folder / "mask.nii.gz")
+    if options.save_probabilities:
+        write_like(p.ct, p.probabilities, folder / "probabilities.nii.gz")
+    save_figure(p.sheet(name), folder / "overlay.png")
+    return _write_seg(p, folder / "mask_seg.dcm") if options.dicom_seg else []
+
 # %% ../../nbs/60_prediction.cases.ipynb #91f47999
 @dataclass
 class _Run:
-    "A run over cases. `settings`: hashes and options, equal in all its cases; `rows`, `batch` change on the way."
+    "A run over cases. `settings`: hashes and options, equal in all its cases."
 
     net: nn.Module
     spec: InputSpec
     options: CaseOptions
     settings: dict[str, Any]
-    device: str
-    batch: int | None
     out: Path
     alone: bool  # one case: its error is the run's
     progress: bool
-    facts: Mapping[str, Mapping[str, Any]]  # what a cohort's table says of a case
+    told: Mapping[Path, Mapping[str, Any]]  # what a cohort's table says of a scan
+    batch: int | None  # this one and those below change on the way
+    room: int = 0  # bytes that a case may take
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def predict(self, name: str, source: Path) -> Prediction:
+    def predict(self, source: Path) -> Prediction:
         "One case, read and predicted; remembers a batch size that memory had lowered."
         o = self.options
-        ct = read_ct(source, **{**o.read, **self.facts.get(name, {}).get("read", {})})
-        p = predict_scan(self.net, ct, spec=self.spec, threshold=o.threshold, tta=o.tta, device=self.device,
-                         batch=self.batch, precision=o.precision, progress=self.progress and self.alone)
+        ct = read_ct(source, **{**o.read, **self.told.get(source, {}).get("read", {})})
+        p = predict_scan(self.net, ct, spec=self.spec, threshold=o.threshold, tta=o.tta,
+                         device=o.device, batch=self.batch, precision=o.precision,
+                         progress=self.progress and self.alone)
         if any("memory was short" in note for note in p.notes):
             self.batch = p.batch
+        self.room = p.mask.size * (1 + o.dicom_seg + 4 * o.save_probabilities) + 10**6  # a picture
         return p
 
 # %% ../../nbs/60_prediction.cases.ipynb #244165fa
 def _run_case(run: _Run, name: str, source: Path) -> dict[str, Any]:
-    "Predict and write one case; its row. Raises: ValueError, OSError, MemoryError, and then nothing is left behind."
-    scan, p = input_hash(source), run.predict(name, source)
-    said = list(run.facts.get(name, {}).get("notes", ()))
+    "Predict and write one case; its row. Raises: ValueError, OSError, MemoryError; nothing is left then."
+    scan, p, told = input_hash(source), run.predict(source), run.told.get(source, {})
     with whole_folder(run.out / name) as folder:
-        said += _write_case(folder, name, p, run.options)
+        said = [*told.get("notes", ()), *_write_case(folder, name, p, run.options)]
         row = case_row(name, source, p, said)
         write_json(folder / "case.json", {
-            "row": row, "input": scan, "settings": run.settings, "notes": [*p.ct.notes, *p.notes, *said],
-            "files": sorted(file.name for file in folder.iterdir()), "device": p.device, "precision": p.precision,
+            "row": row, "input": scan, "settings": run.settings, "told": told, "complete": True,
+            "notes": [*p.ct.notes, *p.notes, *said], "device": p.device, "precision": p.precision,
+            "files": {file.name: file_hash(file) for file in folder.iterdir()},
             "batch": p.batch, "use": CAUTION})
     return row
 
 # %% ../../nbs/60_prediction.cases.ipynb #22f80219
-def _finished(out: Path) -> dict[str, dict]:
-    "case.json of every finished case in `out`. Raises: ValueError for one that is damaged."
-    files = [path for path in sorted(out.glob("*/case.json")) if not path.parent.name.startswith(".")]
-    found = {path.parent.name: read_json(path) for path in files}
-    for name, record in found.items():
-        if not isinstance(record, dict) or not {"row", "input", "settings"} <= record.keys():
-            raise ValueError(f"{out / name / 'case.json'}: not written by this command; take another --out")
-    return found
+def _finished(out: Path) -> dict[str, dict[str, Any]]:
+    "case.json of every case in `out`, by name. Raises: ValueError for one that is not ours."
+    folders = [path.parent for path in sorted(out.glob("*/case.json"))]
+    return {path.name: _read_case(path) for path in folders if not path.name.startswith(PART)}
 
+# %% ../../nbs/60_prediction.cases.ipynb #87c3f9d0
+def _failed(out: Path, overwrite: bool) -> dict[str, dict[str, Any]]:
+    "Rows of cases.csv of scans that failed and are there. Raises: ValueError for tables that are not ours."
+    table, record = out / "cases.csv", out / "run.json"
+    run: Any = read_json(record) if record.exists() else {}
+    there = [path for path in (table, record) if path.exists()]
+    if there and not (isinstance(run, dict) and {"options", "complete"} <= run.keys()):
+        raise ValueError(f"{there[0]}: is there already, not of this command; take another --out")
+    if not table.exists():
+        return {}
+    if not overwrite and run["complete"] and run.get("table") not in (None, file_hash(table)):
+        raise ValueError(f"{table}: was changed since it was written; move it, or redo it with --overwrite")
+    rows = pd.read_csv(table, dtype=str, keep_default_na=False).to_dict("index").values()
+    failed = [row for row in rows if row["status"] == "failed" and os.path.lexists(row["source"])]
+    keys = ("case", "source", "status", "warnings", "error")
+    return {row["case"]: {key: row[key] for key in keys} for row in failed}
 
+# %% ../../nbs/60_prediction.cases.ipynb #905fb34b
 def _check_place(out: Path, path: Path, cases: Mapping[str, Path]) -> None:
     "Raises: ValueError or OSError when results can not or must not go to `out`."
     if out.exists() and not out.is_dir():
@@ -316,6 +366,32 @@ def _check_place(out: Path, path: Path, cases: Mapping[str, Path]) -> None:
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
 
+# %% ../../nbs/60_prediction.cases.ipynb #16d893b0
+def _content(path: Path) -> str | None:
+    "Hash of a scan; None for one that can not be read, which reading it will tell."
+    try:
+        return input_hash(path)
+    except OSError:
+        return None
+
+
+def keep_names(cases: Mapping[str, Path], rows: Mapping[str, Mapping[str, Any]],
+               hashes: Mapping[str, str]) -> dict[str, Path]:
+    "Scans by the names under which `rows` and `hashes` know them; others by names that are free."
+    places = {name: os.path.realpath(row["source"]) for name, row in rows.items()}
+    rest, named = dict(cases), dict[str, Path]()
+    for old, key_of in ((places, os.path.realpath), (hashes, _content)):
+        names = defaultdict(list)
+        for name in sorted(old.keys() - named.keys()):
+            names[old[name]].append(name)
+        for name, path in list(rest.items()) if names else ():
+            if same := names[key_of(path)]:
+                kept = name if name in same else same[0]
+                same.remove(kept)
+                named[kept] = rest.pop(name)
+    taken = {name.casefold() for name in (*_OURS, *rows)}
+    return named | {_free_name(name, taken): path for name, path in rest.items()}
+
 # %% ../../nbs/60_prediction.cases.ipynb #8902ab09
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     "What differs between two settings, in words."
@@ -323,22 +399,55 @@ def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
              for key in now if was.get(key) != now[key]}
     return ", ".join(words.values())
 
+# %% ../../nbs/60_prediction.cases.ipynb #dbc12919
+def _problem(run: _Run, name: str, record: Mapping[str, Any], source: Path | None) -> str:
+    "Why a finished case is not what this run would make of the scan (None: no longer asked for); or empty."
+    if record["settings"] != run.settings:
+        return f"made with {_differences(record['settings'], run.settings)}"
+    if source is None:
+        return ""
+    if record["input"] != input_hash(source):
+        was = record["row"]["source"]
+        return f"is the result of another scan ({was}), or {source} has changed since"
+    if record.get("told", told := run.told.get(source, {})) != told:
+        return "made when the cohort said something else of the scan"
+    paths = {run.out / name / file: found for file, found in record["files"].items() if found}
+    for path, found in paths.items():
+        if path.is_file() and file_hash(path) != found:
+            return f"{path.name} was changed since it was written"
+    return ""
 
-def _check_finished(out: Path, finished: Mapping[str, dict], cases: Mapping[str, Path], settings: Mapping[str, Any],
-                    overwrite: bool) -> None:
-    "Raises: ValueError when finished cases are of another run, another scan, or not ours at all."
-    for name in cases:
-        if (out / name).exists() and name not in finished:
-            raise ValueError(f"{out / name}: is there already and is no finished case; remove it or take another --out")
+# %% ../../nbs/60_prediction.cases.ipynb #492ced48
+def _to_do(run: _Run, finished: Mapping[str, dict[str, Any]], cases: Mapping[str, Path],
+           overwrite: bool) -> dict[str, Path]:
+    "Cases that are not finished. Raises: ValueError for another run's or scan's, and what is not ours."
+    for folder in (run.out / name for name in cases if name not in finished):
+        if folder.exists():
+            raise ValueError(f"{folder}: is there already and is no finished case; remove it or take "
+                             "another --out")
+    todo = dict(cases)
     for name, record in finished.items():
-        if name in cases and overwrite:
+        folder = run.out / name
+        if not record["complete"]:  # killed while its files were replaced
             continue
-        if record["settings"] != settings:
+        problem = _problem(run, name, record, cases.get(name))
+        if problem and not (overwrite and name in cases):
             fix = "redo it with --overwrite, or take another --out" if name in cases else "take another --out"
-            raise ValueError(f"{out / name}: made with {_differences(record['settings'], settings)}; {fix}")
-        if name in cases and record["input"] != input_hash(cases[name]):
-            raise ValueError(f"{out / name}: is the result of another scan ({record['row'].get('source')}), or "
-                             f"{cases[name]} has changed since; redo it with --overwrite, or take another --out")
+            raise ValueError(f"{folder}: {problem}; {fix}")
+        if not problem and all((folder / file).exists() for file in record["files"]):
+            todo.pop(name, None)
+    return todo
+
+# %% ../../nbs/60_prediction.cases.ipynb #0b33d304
+def _begin(run: _Run, cases: Mapping[str, Path], overwrite: bool) -> tuple[dict[str, Path], dict[str, Path]]:
+    "All cases and those to do, by their names in `out`; the others' rows go into the run."
+    finished, failed = _finished(run.out), _failed(run.out, overwrite)
+    rows = failed | {name: case["row"] for name, case in finished.items()}
+    cases = keep_names(cases, rows, {name: case["input"] for name, case in finished.items()})
+    todo = _to_do(run, finished, cases, overwrite)
+    half = {name for name, case in finished.items() if not case["complete"]}
+    run.rows = {name: row for name, row in rows.items() if name not in {*todo, *half}}
+    return cases, todo
 
 # %% ../../nbs/60_prediction.cases.ipynb #604934ed
 @dataclass(frozen=True, eq=False)
@@ -376,90 +485,106 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     return table.astype({"slices": "Int64", "slices_with_blood": "Int64"})
 
 # %% ../../nbs/60_prediction.cases.ipynb #9f8d2fb1
-def _cohort_facts(path: Path) -> dict[str, dict[str, Any]]:
-    "What a cohort's table says of its scans: how to read grey values, and whether millilitres mean anything."
+def _cohort_facts(path: Path) -> dict[Path, dict[str, Any]]:
+    "What a cohort's table says of its scans: how to read grey values, and whether mL are known."
     facts = {}
     for row in Cohort.read(path).table.itertuples() if (path / "cohort.csv").is_file() else ():
-        words = row.intensity.removeprefix("window:").split(",")
-        try:
-            read = {} if row.intensity == "hu" else {"window": (float(words[0]), float(words[1]))}
-        except (ValueError, IndexError) as error:
-            raise ValueError(f"{path / 'cohort.csv'}: case {row.case}: intensity {row.intensity!r} is neither hu nor "
-                             "window:low,high") from error
+        window = window_of(row.intensity)
         unknown = "warning: the cohort says that the spacing is not known: do not trust millilitres"
-        facts[row.case] = {"read": read, "notes": [unknown] if row.spacing == "unknown" else []}
+        facts[path / row.image] = {"read": {"window": list(window)} if window else {},
+                                   "notes": [unknown] * (row.spacing == "unknown")}
     return facts
 
-
+# %% ../../nbs/60_prediction.cases.ipynb #8d2fae50
 def _settings(model: Path, adapter: Path | None, options: CaseOptions) -> dict[str, Any]:
-    "What two runs must share to be one: hashes of model and adapter, and the options, as JSON gives them back."
+    "What two runs must share to be one, as JSON gives it back: hashes of model and adapter, options."
     files = {"model": file_hash(model), "adapter": file_hash(adapter) if adapter else None}
-    return json.loads(json.dumps({**files, **asdict(options)}))
+    settings = json.loads(json.dumps({**files, **asdict(options)}))
+    del settings["device"], settings["batch"]
+    return settings
 
 # %% ../../nbs/60_prediction.cases.ipynb #f3f264fb
-def _run_all(run: _Run, todo: Mapping[str, Path]) -> None:
-    "Predict cases one after the other; rows and cases.csv grow. Raises the error of a case only when it is alone."
-    with tqdm(todo.items(), "cases", disable=run.alone or not run.progress, unit="case") as bar:
-        for name, source in bar:
-            try:
-                run.rows[name] = _run_case(run, name, source)
-            except (ValueError, OSError, MemoryError) as error:
-                if run.alone:
-                    raise
-                run.rows[name] = failed_row(name, source, error)
-            write_csv(run.out / "cases.csv", _table(run.rows))
+def _save(run: _Run, record: Mapping[str, Any]) -> None:
+    "What is known by now: run.json, not complete, then cases.csv, which is never there without it."
+    write_json(run.out / "run.json", {**record, "complete": False})
+    write_csv(run.out / "cases.csv", _table(run.rows))
+
+
+def _no_room(run: _Run, error: OSError, todo: Mapping[str, Path]) -> OSError:
+    "An error that says what the cases that are left need."
+    left, words = sum(name not in run.rows for name in todo), OSError(error.errno, "", str(run.out))
+    return OSError(f"{plain_words(words)}. {left} of {len(todo)} cases are left, each of up to "
+                   f"{run.room / 1e6:.0f} MB; those that are done are kept")
+
+# %% ../../nbs/60_prediction.cases.ipynb #888e5b1e
+def _run_all(run: _Run, todo: Mapping[str, Path], record: Mapping[str, Any]) -> None:
+    "Predict case after case; the tables grow. Raises: for a full disk, or the error of a case that is alone."
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    for name, source in tqdm(todo.items(), "cases", disable=run.alone or not run.progress):
+        try:
+            run.rows[name] = _run_case(run, name, source)
+        except (ValueError, OSError, MemoryError) as error:
+            if isinstance(error, OSError) and error.errno in full:
+                raise _no_room(run, error, todo) from error
+            if run.alone:
+                raise
+            run.rows[name] = failed_row(name, source, error)
+        _save(run, record)
+
+# %% ../../nbs/60_prediction.cases.ipynb #3afacea2
+_PACKAGES = ("sahlora", "torch", "numpy", "nibabel", "scipy", "pydicom")
 
 
 def _record(run: _Run, header: Mapping[str, Any], files: Mapping[str, Path | None]) -> dict[str, Any]:
-    "What run.json says from the start: model, adapter, options, device, precision."
-    device, names = choose_device(run.device), {key: str(file) for key, file in files.items() if file}
+    "What run.json says from the start: model, adapter, options, device, precision, versions."
+    device, options = choose_device(run.options.device), dict(run.settings)
+    hashes = {key: options.pop(key) for key in ("model", "adapter")}
     return {
-        "files": names, "sha256": {key: run.settings[key] for key in ("model", "adapter")}, "use": CAUTION,
+        "files": {key: str(file) for key, file in files.items() if file}, "sha256": hashes,
         "network": header["network"], "weights": header["weights"], "input": asdict(run.spec),
-        "options": asdict(run.options),
-        "device": device.type, "precision": choose_precision(device, run.options.precision),
-        "versions": {name: version(name) for name in ("sahlora", "torch", "numpy", "nibabel", "scipy", "pydicom")},
+        "options": options, "device": device.type, "use": CAUTION,
+        "precision": choose_precision(device, run.options.precision),
+        "versions": {name: package_version(name) for name in _PACKAGES},
     }
 
-# %% ../../nbs/60_prediction.cases.ipynb #3afacea2
-def _carry_out(run: _Run, cases: Mapping[str, Path], todo: Mapping[str, Path], record: dict[str, Any]) -> CaseRun:
+# %% ../../nbs/60_prediction.cases.ipynb #80abfdf6
+def _carry_out(run: _Run, cases: Mapping[str, Path], todo: Mapping[str, Path],
+               record: dict[str, Any]) -> CaseRun:
     "Everything that writes: the cases in `todo`, cases.csv, run.json (complete only at the end)."
     started = time.perf_counter()
-    remove_leftovers(run.out)
-    if not run.alone:
+    if todo and not run.alone:
         write_json(run.out / "run.json", {**record, "complete": False})
-    _run_all(run, todo)
-    table = _table(run.rows)
-    write_csv(run.out / "cases.csv", table)
+    _run_all(run, todo, record)
+    _save(run, record)
     failed = sum(run.rows[name]["status"] == "failed" for name in todo)
-    result = CaseRun(table, run.out, len(todo) - failed, len(cases) - len(todo), failed)
+    result = CaseRun(_table(run.rows), run.out, len(todo) - failed, len(cases) - len(todo), failed)
     counts = {"done": result.done, "skipped": result.skipped, "failed": result.failed}
-    write_json(run.out / "run.json", {**record, **run_facts(time.perf_counter() - started), "complete": True,
-                                      "counts": counts, "errors": result.errors})
+    record |= {"counts": counts, "errors": result.errors, "table": file_hash(run.out / "cases.csv")}
+    seconds = time.perf_counter() - started
+    write_json(run.out / "run.json", {**record, **run_facts(seconds), "complete": True})
     return result
 
 # %% ../../nbs/60_prediction.cases.ipynb #8a6012f1
-def predict_cases(path: str | Path, model: str | Path, out: str | Path, *, adapter: str | Path | None = None,
-                  save_probabilities: bool = False, tta: bool = False, threshold: float = 0.5, device: str = "auto",
-                  batch: int | None = None, precision: str = "auto", dicom_seg: bool = False, overwrite: bool = False,
-                  progress: bool = True, **read_options: Any) -> CaseRun:
-    """Predict every scan in `path`: a folder each in `out`, cases.csv and run.json. `read_options`: as for `read_ct`.
+def predict_cases(path: str | Path, model: str | Path, out: str | Path, *,
+                  adapter: str | Path | None = None, save_probabilities: bool = False,
+                  tta: bool = False, threshold: float = 0.5, device: Devices = "auto",
+                  batch: int | None = None, precision: Precisions = "auto", dicom_seg: bool = False,
+                  overwrite: bool = False, progress: bool = True, **read_options: Any) -> CaseRun:
+    """Predict every scan in `path`: a folder each in `out`, cases.csv and run.json.
 
-    Raises: ValueError, OSError before anything is written; of a scan only when it is the only one. Cases that failed
-    are in the result and in the table. One run at a time may write to `out`.
+    `read_options`: as for `read_ct`. `overwrite` replaces cases that another call made, or whose scan
+    or files have changed. One run at a time writes to `out`. Raises: ValueError, OSError before anything
+    is written; of a scan only when it is the only one; OSError for a full disk.
     """
     path, model, out, adapter = Path(path), Path(model), Path(out), Path(adapter) if adapter else None
-    options = CaseOptions(threshold, tta, precision, save_probabilities, dicom_seg, read_options)
-    check_numbers(threshold, batch)
+    options = CaseOptions(threshold, tta, device, batch, precision, save_probabilities, dicom_seg, read_options)
     keep_memory()
     cases = find_cases(path, skip=(out,))
     net, header = load_model(model, adapter)
-    run = _Run(net, InputSpec.from_header(header), options, _settings(model, adapter, options), device, batch, out,
-               len(cases) == 1, progress, _cohort_facts(path))
+    spec, settings = InputSpec.from_header(header), _settings(model, adapter, options)
+    run = _Run(net, spec, options, settings, out, len(cases) == 1, progress, _cohort_facts(path), batch)
     record = _record(run, header, {"scans": path, "model": model, "adapter": adapter})
     _check_place(out, path, cases)
-    finished = _finished(out)
-    _check_finished(out, finished, cases, run.settings, overwrite)
-    todo = {name: source for name, source in cases.items() if overwrite or name not in finished}
-    run.rows = {name: done["row"] for name, done in finished.items() if name not in todo}
-    return _carry_out(run, cases, todo, record)
+    with sole_writer(out):
+        cases, todo = _begin(run, cases, overwrite)
+        return _carry_out(run, cases, todo, record)

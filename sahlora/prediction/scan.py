@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BATCH_PIXELS', 'SHORTAGE', 'InputSpec', 'network_grid', 'pixel_notes', 'to_network', 'to_scan', 'fold_norms',
            'fast_copy', 'default_batch', 'is_shortage', 'largest_component_ml', 'Prediction', 'describe_prediction',
-           'check_numbers', 'predict_scan']
+           'ScanOptions', 'predict_scan']
 
 # %% ../../nbs/60_prediction.scan.ipynb #ff0dff8a
 import math
@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from pydantic import AfterValidator, Field
 from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
@@ -32,23 +33,27 @@ from ..ct import HeadCT
 from ..display import facts_html
 from .sheet import CAUTION, figure_html, overlay_sheet
 from ..hardware import choose_device, choose_precision
-from ..training import pad_to_multiple
+from ..options import options
+from ..training import Devices, Precisions, pad_to_multiple
 from ..unet import ConvUnit
 
 # %% ../../nbs/60_prediction.scan.ipynb #75fe9be7
-@dataclass(frozen=True)
+def _rising(window: tuple[float, float]) -> tuple[float, float]:
+    "The window. Raises: ValueError when it is upside down."
+    if not window[0] < window[1]:
+        raise ValueError("must be low and high in HU, low < high")
+    return window
+
+
+@options
 class InputSpec:
     "The slices a network was trained on: `window` in HU, `pixel_mm` if known, and whether to `resample` scans to it."
 
-    window: tuple[float, float] = (0.0, 140.0)
-    pixel_mm: float | None = None
+    window: Annotated[tuple[float, float], AfterValidator(_rising)] = (0.0, 140.0)
+    pixel_mm: Annotated[float, Field(gt=0)] | None = None
     resample: bool = False
 
     def __post_init__(self) -> None:
-        if len(self.window) != 2 or not float(self.window[0]) < float(self.window[1]):
-            raise ValueError(f"a window is low and high in HU, low < high, not {self.window!r}")
-        if self.pixel_mm is not None and not 0 < self.pixel_mm < math.inf:
-            raise ValueError(f"pixel_mm is {self.pixel_mm!r}; it must be a length in mm above 0, or null")
         if self.resample and self.pixel_mm is None:
             raise ValueError("resample needs pixel_mm, the pixel to resample to")
 
@@ -149,7 +154,7 @@ def _engine(net: nn.Module, device: str, precision: str) -> _Engine:
     "An engine for `net`. Raises: ValueError for a device that is not there or an unknown precision."
     there = choose_device(device)
     how = choose_precision(there, precision)
-    return _Engine(fast_copy(net, there), there, how, 2 ** getattr(net, "levels", 0))
+    return _Engine(fast_copy(net, there), there, how, getattr(net, "multiple", 1))
 
 # %% ../../nbs/60_prediction.scan.ipynb #53557d8a
 BATCH_PIXELS = {"cpu": 2 * 512**2, "cuda": 32 * 512**2, "mps": 8 * 512**2}  # measured on the CPU only
@@ -288,16 +293,19 @@ def describe_prediction(prediction: Prediction) -> dict[str, str]:
     return facts | ({"notes": notes} if notes else {}) | {"use": CAUTION}
 
 # %% ../../nbs/60_prediction.scan.ipynb #5cb26b04
-def check_numbers(threshold: float, batch: int | None) -> None:
-    "Raises: ValueError for a threshold that marks everything or nothing, or a batch of no slices."
-    if not 0 < threshold < 1:
-        raise ValueError(f"threshold {threshold:g} is not between 0 and 1; 0.5 is usual (--threshold)")
-    if batch is not None and (batch != int(batch) or batch < 1):
-        raise ValueError(f"batch {batch!r} is not a whole number of at least 1 (--batch)")
+@options
+class ScanOptions:
+    "How a scan is predicted. `threshold`: probability from which a voxel is blood; `batch`: slices at a time."
+
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    tta: bool = False
+    device: Devices = "auto"
+    batch: Annotated[int, Field(ge=1)] | None = None
+    precision: Precisions = "auto"
 
 
 def predict_scan(net: nn.Module, ct: HeadCT, *, spec: InputSpec | None = None, threshold: float = 0.5,
-                 tta: bool = False, device: str = "auto", batch: int | None = None, precision: str = "auto",
+                 tta: bool = False, device: Devices = "auto", batch: int | None = None, precision: Precisions = "auto",
                  progress: bool = False) -> Prediction:
     """Probabilities, mask and mL of blood for a head CT.
 
@@ -306,7 +314,7 @@ def predict_scan(net: nn.Module, ct: HeadCT, *, spec: InputSpec | None = None, t
     Raises: ValueError for options that can not be, or a network that gives no numbers; MemoryError when one slice is
     too much for the device.
     """
-    check_numbers(threshold, batch)
+    ScanOptions(threshold=threshold, tta=tta, device=device, batch=batch, precision=precision)
     spec = spec or vars(net).get("input_spec") or InputSpec()
     started, engine = time.perf_counter(), _engine(net, device, precision)
     asked = min(batch or default_batch(network_grid(ct, spec), engine.device), ct.hu.shape[2])
