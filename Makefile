@@ -21,6 +21,7 @@ $(READY): settings.ini constraints.txt setup.py pyproject.toml
 	  + sys.version.split()[0] + ": make PYTHON=python3.11 setup")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	rm -rf sahlora.egg-info  # of another version, it would be taken for the installed one
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,dicom,tensorboard,slurm,oracles]'
 	$(BIN)/python -m pip check
 	@touch $@
@@ -52,7 +53,7 @@ figures: $(READY)  ## Draw paper/figures and paper/paper.pdf again, from the com
 	sahlora report pdf paper/results/results.json paper/paper.pdf --figures paper/figures
 
 models: $(READY)  ## Train the shipped network and adapters again (about 8 minutes).
-	sahlora models make --out sahlora/weights
+	sahlora models make --out sahlora/weights --overwrite
 
 docs: $(READY)  ## Build the site into _docs: notebooks, API, search; opens without a server.
 	python tests/render_site.py

@@ -23,7 +23,7 @@ import psutil
 import yaml
 
 from .files import remove_leftovers
-from .locks import sole_writer
+from .outputs import sole_writer
 from .study import check_folders, expand_runs, project_folder, project_path, read_study
 
 # %% ../nbs/44_batch.ipynb #fe15985d
@@ -113,7 +113,7 @@ def owned(batch: Batch) -> Iterator[None]:
     "Be the only one who runs a study. Raises: BlockingIOError that names the living owner."
     with sole_writer(batch.folder, wait=False):
         _clear(batch)
-        remove_leftovers(batch.folder / "report")
+        remove_leftovers(batch.folder / "report", batch.folder / "report/figures")
         before = signal.signal(signal.SIGTERM, _stop)
         try:
             yield

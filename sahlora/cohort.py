@@ -13,6 +13,7 @@ import csv
 import hashlib
 import io
 import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -20,8 +21,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from html import escape
 from itertools import islice
+from multiprocessing import parent_process
 from os.path import normpath
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import nibabel as nib
@@ -32,7 +35,7 @@ from .ct import HeadCT, read_nifti, write_nifti
 from .ct.check import is_hidden
 from .ct.nifti import Nifti
 from .display import MASK_COLOR, beside, facts_html, grey_slice, marked, png_html, shown_mask
-from .files import file_hash, object_hash, read_json, remove_leftovers, write_csv, write_json
+from .files import file_hash, object_hash, read_json, remove_folder, remove_leftovers, write_csv, write_json
 from .outputs import output_folder
 from .phantom import case_key, check_request, make_case, planned_ml
 
@@ -99,7 +102,7 @@ def write_case(folder: Path, case: Case) -> dict[str, Any]:
 
 def write_rows(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
     "cohort.csv, whole or not at all, when all `rows` are there; what killed writers left beside the volumes is removed."
-    remove_leftovers(*(folder / name for name in ("images", "labels", "made")))
+    remove_leftovers(folder / "images", folder / "labels")
     write_csv(folder / "cohort.csv", pd.DataFrame(list(rows), columns=list(COLUMNS)))
 
 # %% ../nbs/12_cohort.ipynb #4417b474
@@ -109,8 +112,10 @@ def write_cohort(folder: str | Path, cases: Iterable[Case], overwrite: bool = Fa
     Raises: OSError when it can not be written; ValueError without cases, for two of one name, and for a folder that
     holds other files (with `overwrite`, what its record lists is replaced).
     """
-    folder, cases = Path(folder), list(cases)
-    facts = {case.case: _content(case) for case in cases}
+    folder, cases, facts = Path(folder), list(cases), {}
+    for case in cases:
+        arrays = [(array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).hexdigest()) for array in (case.image, case.label)]
+        facts[case.case] = object_hash([case.patient, case.site, case.intensity, case.spacing, case.affine.tolist(), arrays])
     if not cases or len(facts) < len(cases):
         raise ValueError(f"{folder}: there is no case to write, or two have one name")
     files = ["cohort.csv", *(name for case in facts for name in case_files(case))]
@@ -118,13 +123,6 @@ def write_cohort(folder: str | Path, cases: Iterable[Case], overwrite: bool = Fa
         if not done:
             write_rows(folder, (write_case(folder, case) for case in cases))
         return Cohort.read(folder)
-
-
-def _content(case: Case) -> str:
-    "SHA-256 of all that a case holds."
-    arrays = [np.ascontiguousarray(array) for array in (case.image, case.label.astype(np.uint8))]
-    voxels = [(array.dtype.str, array.shape, hashlib.sha256(array).hexdigest()) for array in arrays]
-    return object_hash([case.patient, case.site, case.intensity, case.spacing, case.affine.tolist(), voxels])
 
 # %% ../nbs/12_cohort.ipynb #b055d2c3
 def read_table(path: str | Path) -> pd.DataFrame:
@@ -138,11 +136,9 @@ def read_table(path: str | Path) -> pd.DataFrame:
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a table in UTF-8 ({error}); save it as CSV UTF-8 with commas") from error
     names = lines[0][1] if lines else []
-    if len(names) < 2:
-        raise ValueError(f"{path}: its first line names no columns with commas between them; save it as CSV UTF-8 with "
-                         "commas, not with semicolons or tabs")
-    if twice := [name for name in names if name and names.count(name) > 1]:
-        raise ValueError(f"{path}: column {twice[0]} stands in it twice; keep one")
+    if not 1 < len(names) == len(set(names)):
+        raise ValueError(f"{path}: its first line must name each column once, with commas between them; save it as CSV "
+                         "UTF-8 with commas, not with semicolons or tabs")
     for number, values in lines:
         if len(values) != len(names):
             raise ValueError(f"{path}: line {number} has {len(values)} values for {len(names)} columns; put quotes around "
@@ -169,33 +165,11 @@ def _check_row(folder: Path, row: Any) -> float:
     for name in (row.image, row.label):
         if not (folder / name).is_file():
             raise ValueError(f"{name!r} is not there; copy it or drop the row")
-    for name in ("sha256", "voxels"):
-        if not re.fullmatch("([0-9a-f]{64})?", value := getattr(row, name)):
-            raise ValueError(f"{name} {value!r} is not a SHA-256 of 64 digits; leave it empty")
-    if not re.fullmatch(r"([0-9]*\.?[0-9]+(e[+-]?[0-9]+)?)?", row.blood_ml, re.IGNORECASE):
+    if not all(re.fullmatch("([0-9a-f]{64})?", value) for value in (row.sha256, row.voxels)):
+        raise ValueError("sha256 or voxels is not a hash of 64 digits; leave both empty")
+    if not re.fullmatch(r"([0-9]*\.?[0-9]+(e[+-]?[0-9]{1,2})?)?", row.blood_ml, re.IGNORECASE):
         raise ValueError(f"blood_ml {row.blood_ml!r} is not a volume in mL, such as 12.5; leave it empty if it is not known")
     return float(row.blood_ml or "nan")
-
-# %% ../nbs/12_cohort.ipynb #e0c5c3f5
-def _check_row(folder: Path, row: Any) -> float:
-    "A row's mL of blood, NaN where it says none. Raises: ValueError that says what is wrong in the row."
-    check_name(row.case)
-    window_of(row.intensity)
-    if row.spacing not in ("known", "unknown"):
-        raise ValueError(f"spacing {row.spacing!r} is neither known nor unknown")
-    for name in (row.image, row.label):
-        if not (folder / name).is_file():
-            raise ValueError(f"{name} is not there; copy it or drop the row")
-    for name in ("sha256", "voxels"):
-        if not re.fullmatch("([0-9a-f]{64})?", value := getattr(row, name)):
-            raise ValueError(f"{name} {value!r} is not a SHA-256 of 64 digits; leave it empty")
-    try:
-        ml = float(row.blood_ml or "nan")
-    except ValueError:
-        ml = -1.0
-    if ml < 0 or ml == math.inf:
-        raise ValueError(f"blood_ml {row.blood_ml!r} is not a volume in mL, such as 12.5; leave it empty if it is not known")
-    return ml
 
 # %% ../nbs/12_cohort.ipynb #6d8cc869
 def _read_table(path: Path) -> pd.DataFrame:
@@ -326,10 +300,15 @@ class Cohort(_Listed):
         return cohort_html(self)
 
 # %% ../nbs/12_cohort.ipynb #c985e301
-def _phantom_files(kind: str, index: int) -> tuple[str, str, str]:
-    "Names of a case's image, its mask, and what is kept of it for a call that is interrupted."
-    name = f"{kind}-{index:04d}"
-    return *case_files(name), f"made/{name}.json"
+def _end_with_parent() -> None:
+    "In a worker process: end when the parent is killed. Its lock is free then, and another call may write the folder."
+
+    def watch() -> None:
+        if parent := parent_process():
+            parent.join()
+            os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def _phantom_case(kind: str, seed: int, index: int, grid: tuple[int, int], slices: int) -> Case:
@@ -338,13 +317,13 @@ def _phantom_case(kind: str, seed: int, index: int, grid: tuple[int, int], slice
     return Case(phantom.name, f"{phantom.name}-s{seed}", "phantom", hu, phantom.blood, phantom.affine)
 
 
-def _write_phantom(folder: Path, kind: str, seed: int, index: int, grid: tuple[int, int], slices: int) -> dict:
-    "The row of a case, made now, or before the same call was interrupted: then it is read."
-    files = [folder / name for name in _phantom_files(kind, index)]
-    if all(file.is_file() for file in files):  # each was whole when it got its name, the last when the others were there
-        return read_json(files[-1])
-    row = write_case(folder, _phantom_case(kind, seed, index, grid, slices))
-    write_json(files[-1], row)
+def _write_phantom(folder: Path, name: str, *request: Any) -> dict[str, Any]:
+    "The row of a case, made now, or before the same call was interrupted: its row was kept when its files were whole."
+    made = folder / "made" / f"{name}.json"
+    if made.is_file() and all((folder / file).is_file() for file in case_files(name)):
+        return read_json(made)
+    row = write_case(folder, _phantom_case(*request))
+    write_json(made, row)
     return row
 
 # %% ../nbs/12_cohort.ipynb #573b3baf
@@ -385,14 +364,16 @@ def make_phantom_cohort(folder: str | Path, kind: str, cases: int, seed: int, gr
         raise ValueError(f"{cases} cases by {workers} workers: give 1 to 10000 cases, and one worker or more")
     facts = {"kind": kind, "cases": int(cases), "seed": int(seed), "grid": [int(n) for n in grid], "slices": int(slices),
              "code": case_key(kind, seed, 0, grid, slices)}
-    jobs = [(folder, kind, seed, index, grid, slices) for index in range(cases)]
-    files = [file for job in jobs for file in _phantom_files(kind, job[3])]
-    with output_folder(folder, "cohort make", facts, ["cohort.csv", *files], overwrite) as done:
+    jobs = [(folder, f"{kind}-{index:04d}", kind, seed, index, grid, slices) for index in range(cases)]
+    files = ["cohort.csv", "made", *(file for job in jobs for file in case_files(job[1]))]
+    with output_folder(folder, "cohort make", facts, files, overwrite) as done:
         if not done and workers == 1:
             write_rows(folder, (_write_phantom(*job) for job in jobs))
         elif not done:
-            with ProcessPoolExecutor(workers) as pool:
+            with ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool:
                 write_rows(folder, pool.map(_write_phantom, *zip(*jobs)))
+        if not done:
+            remove_folder(folder / "made")
         return Cohort.read(folder)
 
 # %% ../nbs/12_cohort.ipynb #d09b9be9

@@ -76,8 +76,9 @@ def clock(threads: int) -> float:
     return time.process_time() / threads if choose_device().type == "cpu" else time.perf_counter()
 
 
-def _time_step(study: Study, network: str, region: str, store: Any, count: int = 3) -> tuple[Any, float]:
+def _time_step(study: Study, network: str, region: str, cohort: Any, count: int = 3) -> tuple[Any, float]:
     "A network open in a region, and seconds per training step of the study's batch size."
+    from sahlora.slices import open_store
     from sahlora.strategies import Strategy, prepare
     from sahlora.training import make_training, train
     from sahlora.unet import build_network
@@ -85,6 +86,7 @@ def _time_step(study: Study, network: str, region: str, store: Any, count: int =
     net = build_network(network_of(study, network))
     prepare(net, Strategy("fine-tuning", region) if region else Strategy("scratch"))
     spec = study.finetune if region else (study.networks[network].pretrain if network else study.pretrain)
+    store = open_store(cohort, net.multiple)
     rows = store.rows(list(dict.fromkeys(store.patients.tolist())))
     for steps in (1, count):  # the first is slower: memory is new
         started = clock(study.threads)
@@ -98,7 +100,6 @@ def time_here(study: Study) -> Costs:
     import sahlora.figures  # noqa: F401
     from sahlora.cohort import make_phantom_cohort
     from sahlora.hardware import choose_threads
-    from sahlora.slices import open_store
     from sahlora.transfer import score_cohort
 
     start = 4 * (clock(1) - began)  # the imports; kernel, tables and pictures took three times as long as they in the smoke study
@@ -106,9 +107,9 @@ def time_here(study: Study) -> Costs:
     with tempfile.TemporaryDirectory() as folder:
         began = clock(1)
         cohort = make_phantom_cohort(folder, "asah", 1, 0, grid_of(study.target))
-        case, store, steps = clock(1) - began, open_store(cohort), {}
+        case, steps = clock(1) - began, {}
         for part in trained_parts(study):
-            net, steps[part] = _time_step(study, *part, store)
+            net, steps[part] = _time_step(study, *part, cohort)
         began = clock(study.threads)
         score_cohort(net, cohort)
         scan = clock(study.threads) - began

@@ -6,8 +6,8 @@
 __all__ = ['TIE_MM', 'MIN_LESION_ML', 'MIN_LESION_VOXELS', 'SCORES', 'VOLUMES', 'check_volumes', 'empty_side', 'dice', 'surface',
            'place_mm', 'bounding_box', 'surface_distances', 'voxel_edges', 'surface_tolerance', 'surface_dice',
            'hausdorff', 'surface_scores', 'find_lesions', 'lesion_counts', 'f1', 'slice_counts', 'share',
-           'detection_scores', 'voxel_ml_by_slice', 'volumes', 'score_patient', 'known_scores', 'surface_heading',
-           'summarize', 'summarize_run', 'by_bin', 'BINS', 'volume_bin']
+           'detection_scores', 'voxel_ml_by_slice', 'volumes', 'score_patient', 'surface_heading', 'summarize',
+           'summarize_run', 'by_bin', 'BINS', 'volume_bin']
 
 # %% ../nbs/50_evaluation.ipynb #04e306cc
 import math
@@ -265,11 +265,6 @@ SCORES = ("dice_soft", "dice_hard", "nsd", "hd95_mm", "lesion_f1", "slice_sensit
 VOLUMES = ("volume_ml", "predicted_ml", "predicted_hard_ml")
 
 
-def known_scores(patients: pd.DataFrame) -> list[str]:
-    "SCORES that a table holds: all, but for nsd in one written before surfaces were measured by area."
-    return [name for name in SCORES if name in patients or name != "nsd"]
-
-
 def surface_heading(patients: pd.DataFrame) -> str:
     "What a column of nsd is called, with its tolerance."
     known = patients["tolerance_mm"].dropna().unique() if "tolerance_mm" in patients else []
@@ -297,22 +292,21 @@ def summarize_run(patients: pd.DataFrame) -> dict[str, dict | int]:
     scores: `summarize` by name; hd95_failures: blood annotated, nothing predicted; empty_annotation: predicted, nothing
     annotated; one_sided: both kinds; both_empty. Raises: ValueError for missing columns.
     """
-    scores = known_scores(patients)
     lesions = ("lesion_tp", "lesion_fp", "lesion_fn")
-    _need(patients, (*scores, *VOLUMES, *lesions, "empty"))
+    _need(patients, (*SCORES, *VOLUMES, *lesions, "empty"))
     sides = {side: int((patients["empty"] == side).sum()) for side in ("prediction", "annotation", "both")}
-    return {"patients": len(patients), "scores": {name: summarize(patients[name]) for name in (*scores, *VOLUMES)},
+    return {"patients": len(patients), "scores": {name: summarize(patients[name]) for name in (*SCORES, *VOLUMES)},
             "hd95_failures": sides["prediction"], "empty_annotation": sides["annotation"],
             "one_sided": sides["prediction"] + sides["annotation"], "both_empty": sides["both"],
             **{name: int(patients[name].sum()) for name in lesions}}
 
 # %% ../nbs/50_evaluation.ipynb #165d8b7f
-def by_bin(patients: pd.DataFrame, scores: Iterable[str] | None = None) -> pd.DataFrame:
-    """One row for each of BINS and 'unknown': n patients, and of each score (all that there are) its mean, <score>_sd and <score>_n.
+def by_bin(patients: pd.DataFrame, scores: Iterable[str] = SCORES) -> pd.DataFrame:
+    """One row for each of BINS and 'unknown': n patients, and of each score its mean, <score>_sd and <score>_n.
 
     The bin is that of `volume_ml`. NaN where there is nothing to average. Raises: ValueError for missing columns.
     """
-    scores = tuple(known_scores(patients) if scores is None else scores)
+    scores = tuple(scores)
     _need(patients, ("volume_ml", *scores))
     bins, rows = patients["volume_ml"].astype(float).map(volume_bin), []
     for name in (*BINS, "unknown"):

@@ -208,7 +208,7 @@ def which_blood(codes: Mapping[int, str], blood: str | Sequence[str] | None) -> 
         if strange := sorted(kind for kind in kinds.values() if kind.upper() not in (*KINDS, "ICH", "BLOOD")):
             raise ValueError(f"is {strange[0]!r} blood? Say which of {', '.join(kinds.values())} are (--blood)")
         return tuple(kinds.values())
-    names = [name.strip() for name in (blood.split(",") if isinstance(blood, str) else blood)]
+    names = [name.strip() for name in (blood.split(",") if isinstance(blood, str) else blood)] or [""]
     if unknown := [name for name in names if name.casefold() not in kinds]:
         raise ValueError(f"--blood {unknown[0]!r}: not one of the labels {', '.join(kinds.values())}")
     return tuple(dict.fromkeys(kinds[name.casefold()] for name in names))

@@ -17,10 +17,11 @@ import pandas as pd
 import torch
 import yaml
 
-from .adapters import METHODS, save_adapter
+from .adapters import METHODS, load_adapter, merged_copy, save_adapter
 from .cohort import Cohort, make_phantom_cohort
-from .files import load_tensors, object_hash, write_csv
+from .files import atomic_path, load_tensors, object_hash, write_csv
 from .hardware import choose_threads
+from .outputs import output_folder
 from .slices import open_store
 from .strategies import Strategy, how_to_train, prepare
 from .training import load_network, median_pixel, pretrain, save_network, train
@@ -69,15 +70,15 @@ def read_recipe(path: str | Path | None = None) -> dict[str, Any]:
 
 # %% ../nbs/61_models.ipynb #db4d6cca
 def _make_cohort(recipe: Mapping[str, Any], role: str, work: Path) -> Cohort:
-    "The cohort of a role: source, target or test."
-    return make_phantom_cohort(work / role, **recipe[role], grid=tuple(recipe["grid"]), slices=recipe["slices"])
+    "The cohort of a role (source, target or test), made anew where another version made it."
+    return make_phantom_cohort(work / role, **recipe[role], grid=tuple(recipe["grid"]),
+                               slices=recipe["slices"], overwrite=True)
 
 
 def make_network(recipe: Mapping[str, Any], work: Path, out: Path, quiet: bool = False) -> Path:
     "Pre-train the network of a recipe on its source cohort, in `work`; its file in `out`."
     source = _make_cohort(recipe, "source", work)
-    if not (work / "base" / "run.json").is_file():
-        pretrain(source, work / "base", recipe["network"], recipe["pretrain"], quiet)
+    pretrain(source, work / "base", recipe["network"], recipe["pretrain"], quiet, overwrite=True)
     net, header = load_network(work / "base" / "model.safetensors")
     path = out / f"{NETWORK}.safetensors"
     save_network(path, net, patients=source.patients, voxels=header["voxels"], training=header["training"], synthetic=True,
@@ -94,7 +95,8 @@ def _strategy(recipe: Mapping[str, Any], method: str) -> Strategy:
 def make_adapter(recipe: Mapping[str, Any], method: str, base: Path, work: Path, out: Path, quiet: bool = False) -> Path:
     "Train one method's adapter on the target cohort of a recipe; its file in `out`."
     target, strategy = _make_cohort(recipe, "target", work), _strategy(recipe, method)
-    store, (net, _) = open_store(target), load_network(base)
+    net, _ = load_network(base)
+    store = open_store(target, net.multiple)
     torch.manual_seed(strategy.seed)
     prepare(net, strategy)
     how = how_to_train(strategy, recipe["learning_rates"][method], strategy.seed)
@@ -106,37 +108,51 @@ def make_adapter(recipe: Mapping[str, Any], method: str, base: Path, work: Path,
 # %% ../nbs/61_models.ipynb #5bc693a0
 def score_models(recipe: Mapping[str, Any], out: Path, work: Path) -> pd.DataFrame:
     "Scores of the network alone (method none) and with each adapter, on the test cohort: one row per method and patient."
-    from sahlora.prediction import load_model
-
     test, base = _make_cohort(recipe, "test", work), out / f"{NETWORK}.safetensors"
     parts = []
     for method in ("none", *recipe["learning_rates"]):
-        net, _ = load_model(base, None if method == "none" else out / f"{method}.safetensors")
+        net, _ = load_network(base)
+        if method != "none":
+            load_adapter(net, out / f"{method}.safetensors")
+            net = merged_copy(net)
         scores, _ = score_cohort(net, test)
         parts.append(scores.assign(method=method, role="test"))
     table = pd.concat(parts)[["method", *(name for name in scores if name != "method"), "role"]]
     return table.round(4).reset_index(drop=True)
 
 # %% ../nbs/61_models.ipynb #55022133
-def make_models(out: str | Path, work: str | Path, recipe: str | Path | None = None, quiet: bool = False) -> pd.DataFrame:
-    """Train network and adapters of a recipe, and score them: safetensors and patients.csv in `out`; the scores.
+def _make_all(plan: Mapping[str, Any], out: Path, work: Path, quiet: bool) -> None:
+    "The files of `make_models`."
+    from sahlora.sharing import shipped_card
 
-    `work`: a folder for cohorts and the pre-training, which is gone on with where it was. The same recipe gives the same
-    bytes on the same processor. Raises: ValueError for a recipe that is not whole; OSError.
+    keys = ("grid", "slices", "source", "network", "pretrain")
+    work = work / object_hash({key: plan[key] for key in keys})[:12]
+    base = make_network(plan, work, out, quiet)
+    for method in plan["learning_rates"]:
+        make_adapter(plan, method, base, work / object_hash(plan["target"])[:12], out, quiet)
+    write_csv(out / "patients.csv", score_models(plan, out, work / object_hash(plan["test"])[:12]))
+    with atomic_path(out / "README.md") as path:
+        path.write_text(shipped_card(out), encoding="utf-8")
+
+
+def make_models(out: str | Path, work: str | Path, recipe: str | Path | None = None, quiet: bool = False,
+                overwrite: bool = False) -> pd.DataFrame:
+    """Train network and adapters of a recipe, score them and write their model card, to `out`; the scores.
+
+    `work`: a folder for cohorts and the pre-training, which is gone on with where it was. The same recipe
+    gives the same bytes on the same processor. `overwrite`: replace the models of another recipe.
+    Raises: ValueError for a recipe that is not whole; what `output_folder` raises.
     """
-    plan, out = read_recipe(recipe), Path(out)
-    work = Path(work) / object_hash({key: plan[key] for key in ("grid", "slices", "source", "network", "pretrain")})[:12]
-    before = torch.get_num_threads()
-    choose_threads(plan["threads"])
-    try:
-        base = make_network(plan, work, out, quiet)
-        for method in plan["learning_rates"]:
-            make_adapter(plan, method, base, work / object_hash(plan["target"])[:12], out, quiet)
-        scores = score_models(plan, out, work / object_hash(plan["test"])[:12])
-    finally:
-        torch.set_num_threads(before)
-    write_csv(out / "patients.csv", scores)
-    return scores
+    plan, out, threads = read_recipe(recipe), Path(out), torch.get_num_threads()
+    files = [*(f"{name}.safetensors" for name in (NETWORK, *plan["learning_rates"])), "patients.csv", "README.md"]
+    with output_folder(out, "models make", {"recipe": plan}, files, overwrite) as done:
+        try:
+            choose_threads(plan["threads"])
+            if not done:
+                _make_all(plan, out, Path(work), quiet)
+        finally:
+            torch.set_num_threads(threads)
+    return pd.read_csv(out / "patients.csv", dtype={"patient": str})
 
 # %% ../nbs/61_models.ipynb #efe25d22
 def shipped_table() -> pd.DataFrame:

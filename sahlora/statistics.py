@@ -20,6 +20,8 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
+from .display import markdown_text, table_markdown
+
 # %% ../nbs/51_statistics.ipynb #d4ab14e5
 FEW = 5  # patients: with so few, no two-sided paired test can reach p < 0.05
 Interval = tuple[float, float] | None
@@ -36,7 +38,7 @@ class Result:
 
     def _repr_markdown_(self) -> str:
         facts = {name.replace("_", " "): value for name, value in self.facts().items() if value != ""}
-        lines = [f"| {name} | {_words(value)} |" for name, value in facts.items()]
+        lines = [f"| {name} | {markdown_text(_words(value))} |" for name, value in facts.items()]
         return "\n".join(["| | |", "|---|---|", *lines])
 
 
@@ -336,7 +338,7 @@ class Comparisons(Result):
                                            "p_holm", "significant", "note"])
 
     def _repr_markdown_(self) -> str:
-        return self.table().to_markdown(index=False, floatfmt=".3g")
+        return table_markdown(self.table(), index=False, floatfmt=".3g")
 
 # %% ../nbs/51_statistics.ipynb #c36a0de4
 def compare(scores: pd.DataFrame, pairs: Sequence[tuple[str, str]], alpha: float = 0.05) -> Comparisons:

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['CohortSpec', 'RateSpec', 'FoldsSpec', 'project_folder', 'project_path', 'Section', 'PhantomSpec', 'CtIchSpec',
            'FolderSpec', 'PairsSpec', 'TrainingSpec', 'RunSpec', 'NetworkSpec', 'FixedFold', 'DrawnFolds', 'Study',
-           'nearest', 'claims_plan', 'read_study', 'network_of', 'strategy_of', 'expand_runs', 'describe_study',
+           'claims_plan', 'read_study', 'network_of', 'strategy_of', 'expand_runs', 'describe_study',
            'check_parameters', 'make_cohort', 'make_folds', 'check_folders', 'training_values', 'base_at_hand']
 
 # %% ../nbs/42_study.ipynb #55452bef
 import ast
-import difflib
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -23,7 +22,7 @@ import yaml
 from pydantic import (BaseModel, ConfigDict, Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag,
                       TypeAdapter, ValidationError)
 
-from .locks import one_writer
+from .options import nearest, plain_error, unknown_key
 
 if TYPE_CHECKING:
     from sahlora.claims import Plan
@@ -45,9 +44,9 @@ def project_path(path: str | Path) -> Path:
 
 # %% ../nbs/42_study.ipynb #f20f9ea1
 class Section(BaseModel):
-    "A part of a study file: unknown keys and wrong types are errors."
+    "A part of a study file: unknown keys, wrong types, infinity and NaN are errors."
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class PhantomSpec(Section):
@@ -169,7 +168,10 @@ FoldsSpec = Annotated[Annotated[int, Field(ge=2), Tag("number")] | Annotated[Fix
 
 # %% ../nbs/42_study.ipynb #c7acfd8b
 class Study(Section):
-    "A whole study; `folds` is a number (KFold over patients), one fixed split, or how to draw them."
+    """A whole study; `folds` is a number (KFold over patients), one fixed split, or how to draw them.
+
+    `tolerance_mm`: of the surface Dice, not below the longest edge of a voxel (left out: that edge).
+    """
 
     study: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     title: str
@@ -185,6 +187,7 @@ class Study(Section):
     finetune: TrainingSpec
     folds: FoldsSpec = 3
     seeds: list[NonNegativeInt] = Field([0], min_length=1)
+    tolerance_mm: PositiveFloat | None = None
     runs: list[RunSpec] = Field(min_length=1)
     claims: dict[str, Any] = {}
 
@@ -196,25 +199,13 @@ _PARTS = {"phantom": PhantomSpec, "ct-ich": CtIchSpec, "folder": FolderSpec, "pa
           "finetune": TrainingSpec, "runs": RunSpec, "split": FixedFold, "drawn": DrawnFolds, "networks": NetworkSpec}
 
 
-def nearest(word: object, known: Iterable[str]) -> str:
-    "The known word most like `word`, for error messages."
-    known = sorted(known)
-    return (difflib.get_close_matches(str(word), known, 1, 0) or known)[0]
-
-
 def _explain(error: Mapping[str, Any]) -> str:
-    "One of pydantic's errors in plain words."
-    where, value = ".".join(map(str, error["loc"])), error["input"]
+    "One of pydantic's errors in plain words, behind its place in the file."
+    where = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         part: Any = next((_PARTS[word] for word in reversed(error["loc"][:-1]) if word in _PARTS), Study)
-        keys = list(part.model_fields)
-        return f"{where}: this key is unknown; did you mean {nearest(error['loc'][-1], keys)!r}? There are: {', '.join(keys)}"
-    if error["type"] == "missing":
-        return f"{where}: must be given"
-    hint = ""
-    if isinstance(value, str) and "number" in error["msg"] or "integer" in error["msg"]:
-        hint = "; YAML reads 1e-3 as text, write 1.0e-3" if "e" in str(value).lower() else ""
-    return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, not {value!r}{hint}"
+        return f"{where}: this key {unknown_key(error['loc'][-1], list(part.model_fields))}"
+    return f"{where}: {plain_error(error)}"
 
 # %% ../nbs/42_study.ipynb #73df6db9
 def _say_where(where: str, function: Callable[..., object], *arguments: object) -> None:
@@ -234,7 +225,7 @@ def claims_plan(study: Study) -> "Plan":
     except ValidationError as error:
         one = error.errors()[0]
         name, known = ".".join(map(str, one["loc"])), list(Plan.model_fields)
-        hint = f"did you mean {nearest(name, known)!r}? There are: {', '.join(known)}" if one["type"] == "extra_forbidden" else one["msg"]
+        hint = unknown_key(name, known) if one["type"] == "extra_forbidden" else plain_error(one)
         raise ValueError(f"{name}: {hint}") from error
 
 # %% ../nbs/42_study.ipynb #5219ef3b
@@ -272,15 +263,13 @@ def _check_runs(study: Study, where: str) -> None:
     words = strategy_words()
     for i, run in enumerate(study.runs):
         if run.method not in words:
-            raise ValueError(f"{where}: runs.{i}.method: {run.method!r} is unknown; did you mean "
-                             f"{nearest(run.method, words)!r}? There are: {', '.join(words)}")
+            raise ValueError(f"{where}: runs.{i}.method: {run.method!r} {unknown_key(run.method, words)}")
         if run.network and run.network not in study.networks:
             raise ValueError(f"{where}: runs.{i}.network: {run.network!r} does not stand under networks:, where there "
                              f"{'are: ' + ', '.join(study.networks) if study.networks else 'is none'}")
         regions = build_network(network_of(study, run.network)).regions
         if unknown := sorted(set(run.regions) - set(regions)):
-            raise ValueError(f"{where}: runs.{i}.regions: {unknown[0]!r} is unknown; did you mean "
-                             f"{nearest(unknown[0], regions)!r}? There are: {', '.join(regions)}")
+            raise ValueError(f"{where}: runs.{i}.regions: {unknown[0]!r} {unknown_key(unknown[0], regions)}")
         if run.method in REGIONS and "regions" in run.model_fields_set:
             raise ValueError(f"{where}: runs.{i}: {run.method} names a region already; write method: fine-tuning with regions")
         _say_where(f"{where}: runs.{i}", _try_row, study, run)
@@ -385,6 +374,8 @@ def _hours_words(study: Study) -> str:
 
 def describe_study(study: Study) -> str:
     "A study's plan as Markdown: cohorts, networks, runs, and about how long they take."
+    from sahlora.display import markdown_text
+
     count = study.folds if isinstance(study.folds, int) else getattr(study.folds, "count", 1)
     configs = [study.network, *(one.network for one in study.networks.values())]
     networks = "; ".join(" ".join([one["name"], *(f"{key} {one[key]}" for key in one if key != "name")]) for one in configs)
@@ -394,8 +385,9 @@ def describe_study(study: Study) -> str:
              "runs": f"{len(expand_runs(study))}, of {count} fold{'s' * (count > 1)} each", "time": _hours_words(study)}
     head = ["method", "ranks", "regions", "patients", "learning rate", "runs"]
     tables = [["", ""], *facts.items()], [head, *(_row_words(study, row) for row in study.runs)]
+    tables = [[[markdown_text(cell) if cell else "" for cell in row] for row in rows] for rows in tables]
     lines = ["\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])) for rows in tables]
-    return "\n\n".join([f"**{study.study}**: {study.title}", f"*{study.note.strip()}*", *lines])
+    return "\n\n".join([f"**{study.study}**: {markdown_text(study.title)}", f"*{markdown_text(study.note.strip())}*", *lines])
 
 # %% ../nbs/42_study.ipynb #545a4d43
 _PLAIN: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool, "dict": dict, "list": list}
@@ -423,8 +415,7 @@ def check_parameters(cells: Sequence[str]) -> dict[str, Any]:
     values = {name: value for name, (_, value) in declared.items()}
     for name, (_, value) in _assigned(injected or "").items():
         if name not in declared:
-            raise ValueError(f"parameter {name!r} is unknown; did you mean {nearest(name, declared)!r}? "
-                             f"There are: {', '.join(declared)}")
+            raise ValueError(f"parameter {name!r} {unknown_key(name, declared)}")
         kind = declared[name][0]
         if not isinstance(value, _PLAIN[kind]) or isinstance(value, bool) and kind != "bool":
             raise ValueError(f"parameter {name!r} must be {kind}, not {value!r}")
@@ -432,28 +423,31 @@ def check_parameters(cells: Sequence[str]) -> dict[str, Any]:
     return values
 
 # %% ../nbs/42_study.ipynb #597c63b1
-@one_writer("folder")
-def make_cohort(spec: "CohortSpec | dict[str, Any]", folder: str | Path) -> "Cohort":
-    "The cohort that a section of a study describes, written to `folder` (a `folder` layout is read where it lies)."
+def make_cohort(spec: "CohortSpec | dict[str, Any]", folder: str | Path, overwrite: bool = False) -> "Cohort":
+    """The cohort that a section of a study describes, written to `folder` (a `folder` layout is read where it lies).
+
+    `overwrite`: replace another call's files. Raises: ValueError for those, and for what is wrong with the scans.
+    """
     from sahlora.cohort import Cohort, make_phantom_cohort
     from sahlora.imports import import_ct_ich
 
     spec = TypeAdapter(CohortSpec).validate_python(spec)
     if isinstance(spec, PhantomSpec):
-        return make_phantom_cohort(folder, spec.kind, spec.cases, spec.seed, (spec.grid[0], spec.grid[1]))
+        return make_phantom_cohort(folder, spec.kind, spec.cases, spec.seed, (spec.grid[0], spec.grid[1]), overwrite=overwrite)
     if isinstance(spec, CtIchSpec):
-        return import_ct_ich(_real_folder(spec.path), folder, spec.patients, spec.size)
+        return import_ct_ich(_real_folder(spec.path), folder, spec.patients, spec.size, overwrite)
     if isinstance(spec, PairsSpec):
-        return _import_pairs(spec, folder)
+        return _import_pairs(spec, folder, overwrite)
     return Cohort.read(project_path(spec.path))
 
 # %% ../nbs/42_study.ipynb #202dd150
-def _import_pairs(spec: PairsSpec, folder: str | Path) -> "Cohort":
+def _import_pairs(spec: PairsSpec, folder: str | Path, overwrite: bool) -> "Cohort":
     "A user's scans as a cohort. Raises: ValueError that lists the scans that can not be used, FileNotFoundError."
     from sahlora.imports import import_cohort
 
     patients = spec.patients and project_path(spec.patients)
-    done = import_cohort("pairs", project_path(spec.path), folder, blood=spec.blood, labels=spec.labels, patients=patients)
+    done = import_cohort("pairs", project_path(spec.path), folder, blood=spec.blood, labels=spec.labels, patients=patients,
+                         overwrite=overwrite)
     if done.skipped and not spec.skip_bad:
         lines = "\n  ".join(f"{case}: {why}" for case, why in done.skipped.items())
         raise ValueError(f"{spec.path}: {len(done.skipped)} scans can not be used; mend them, take them out, or write skip_bad: true\n  {lines}")
@@ -482,6 +476,21 @@ def make_folds(spec: "int | FixedFold | DrawnFolds", cohort: "Cohort", path: str
     return folds_for(cohort, path, drawn.method, drawn.count, drawn.seed)
 
 # %% ../nbs/42_study.ipynb #a4338b3e
+def _check_tolerance(study: Study) -> None:
+    "Raises: ValueError for a tolerance below the longest edge of the target's voxels, where these are known by now."
+    from sahlora.cohort import Cohort
+    from sahlora.evaluation import surface_tolerance
+    from sahlora.phantom.lattice import FIELD_MM
+    from sahlora.transfer import cohort_tolerance
+
+    target = study.target
+    if isinstance(target, PhantomSpec):
+        pixels = [mm / count for mm, count in zip(FIELD_MM, target.grid)]
+        surface_tolerance([max(5.0, *pixels)], study.tolerance_mm)  # slices of 5 mm
+    elif isinstance(target, FolderSpec):
+        cohort_tolerance(Cohort.read(project_path(target.path)), study.tolerance_mm)
+
+
 def check_folders(study: Study, where: str | Path) -> None:
     "Are the folders there that a study names? Raises: ValueError for a variable that is not set, FileNotFoundError."
     for name, spec in (("source", study.source), ("target", study.target)):
@@ -492,6 +501,7 @@ def check_folders(study: Study, where: str | Path) -> None:
             raise ValueError(f"{where}: {name}.path: the variable {unset[0]} is not set; set it, or write the folder in its place")
         elif path and not project_path(path).is_dir():
             raise FileNotFoundError(f"{where}: {name}.path: {project_path(path)}: no such folder")
+    _say_where(f"{where}: tolerance_mm", _check_tolerance, study)
 
 # %% ../nbs/42_study.ipynb #29baec87
 def training_values(study: Study, network: str = "") -> dict[str, Any]:

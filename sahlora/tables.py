@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from .claims import RANKLESS
-from .evaluation import SCORES, summarize
+from .evaluation import SCORES, summarize, surface_heading
 from .figures.style import label
 from .statistics import patient_scores
 
@@ -29,7 +29,8 @@ def is_compared(run: Mapping[str, Any]) -> bool:
 def patient_frame(results: Mapping[str, Any]) -> pd.DataFrame:
     "The patients of results.json, NaN where a number is missing."
     frame = pd.DataFrame(results["patients"])
-    return frame.astype({name: float for name in ("rank", *SCORES, "volume_ml", "predicted_ml")})
+    numbers = ("rank", *SCORES, "tolerance_mm", "volume_ml", "predicted_ml")
+    return frame.astype({name: float for name in numbers if name in frame})
 
 
 def strategy_names(results: Mapping[str, Any]) -> list[str]:
@@ -146,9 +147,10 @@ def rank_table(results: Mapping[str, Any]) -> pd.DataFrame:
 # %% ../nbs/71_tables.ipynb #2bf248ea
 def score_table(results: Mapping[str, Any]) -> pd.DataFrame:
     "One row per strategy: surface, lesion and slice scores of the test patients, mean ± SD; no rows where nobody was tested."
-    columns = {"surface Dice, 2 mm": "nsd_2mm", "HD95, mm": "hd95_mm", "lesion F1": "lesion_f1",
+    frame = patient_frame(results)
+    columns = {surface_heading(frame): "nsd", "HD95, mm": "hd95_mm", "lesion F1": "lesion_f1",
                "slice sensitivity": "slice_sensitivity", "slice specificity": "slice_specificity"}
-    found = {head: _over_seeds(results, score, "test") for head, score in columns.items()}
+    found = {head: _over_seeds(results, score, "test") for head, score in columns.items() if score in frame}
     return pd.DataFrame([{"strategy": title(results, name), **{head: spread(rows[name]) for head, rows in found.items()}}
                          for name in strategy_names(results) if all(name in rows for rows in found.values())])
 

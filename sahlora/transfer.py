@@ -28,7 +28,7 @@ from .files import (atomic_folder, atomic_path, load_tensors, object_hash, read_
                            save_tensors, write_csv, write_json)
 from .folds import Fold, check_folds, fewer, inner_split
 from .hardware import machine_facts, run_facts
-from .outputs import RECORD, check_recorded, output_folder
+from .outputs import RECORD, check_recorded, differences, output_folder
 from .slices import SliceStore, open_store
 from .strategies import Strategy, how_to_train, moving, prepare, rates, recompute_norms, training_notes
 from .training import by_epoch, dice_of_rows, load_network, plateau, predict_volume, train, weights_hash
@@ -206,13 +206,16 @@ def load_run(folder: str | Path) -> tuple[dict[str, Any], pd.DataFrame, pd.DataF
     Raises: FileNotFoundError when the run is not complete; ValueError for files that are not the run's own.
     """
     folder = Path(folder)
+    run = read_json(folder / "run.json")
     for name in ("run.json", "patients.csv", "history.csv"):
-        if (folder / name).exists() and check_recorded(folder / name) is None:
+        if (record := check_recorded(folder / name)) is None:
             raise ValueError(f"{folder}: {name} stands in no {RECORD}: it is of version 0.1.0, or of no run; run it again into "
                              "another folder")
+    if lines := differences(record["facts"], {**record["facts"], **{key: run.get(key) for key in ("strategy", "split", "base")}}):
+        raise ValueError(f"{folder}: run.json is another run's: {'; '.join(lines)}; run it again")
     patients = pd.read_csv(folder / "patients.csv", dtype={"patient": str, "region": str}, keep_default_na=False,
                            na_values=[""])
-    return read_json(folder / "run.json"), patients, pd.read_csv(folder / "history.csv")
+    return run, patients, pd.read_csv(folder / "history.csv")
 
 
 def load_examples(folder: str | Path, role: str | None = None) -> dict[str, np.ndarray]:

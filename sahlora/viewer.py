@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .ct import HeadCT
-from .display import MASK_COLOR, PREDICTION_COLOR, grey_slice, marked, png_bytes, shown_mask
+from .display import MASK_COLOR, PREDICTION_COLOR, grey_slice, html_text, marked, plain_text, png_bytes, shown_mask
 from .prediction import Prediction
 from .prediction.sheet import pick_slices
 
@@ -45,7 +45,8 @@ def line_of_text(words: Sequence[tuple[str, str]], width: int, height: int = 16,
     "A black strip (height, width, 3) uint8 with words, each of a colour, one behind the other."
     strip = Image.new("RGB", (width, height))
     draw, font, x = ImageDraw.Draw(strip), ImageFont.load_default(size), 4.0
-    for word, color in words:
+    for text, color in words:
+        word = plain_text(text, 60)
         draw.text((x, 1), word, fill=color, font=font)
         x += draw.textlength(word + "  ", font=font)
     return np.asarray(strip)
@@ -134,7 +135,7 @@ def slider(looked: _Looked) -> "VBox":
     window = w.Dropdown(options=list(windows.items()), value=looked.window, description="window")
     masks = w.Checkbox(bool(looked.masks), description="masks", disabled=not looked.masks, indent=False)
     image, words = w.Image(format="png", width=looked.width), w.HTML()
-    names = "&nbsp; ".join(f'<b style="color:{color}">{word}</b>' for word, color in mask_words(looked.ct, looked.masks))
+    names = "&nbsp; ".join(f'<b style="color:{color}">{html_text(word)}</b>' for word, color in mask_words(looked.ct, looked.masks))
 
     def draw(change: object = None) -> None:
         k = at.value - 1

@@ -2,14 +2,16 @@
 import json
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from sahlora import claims as ledger
 from sahlora.agreement import equivalence, spearman
-from sahlora.claims import (CLAIMS, VERDICTS, Claim, Plan, claim_1, claim_2, claim_3, claim_4, claim_5, comparable,
-                            count_parameters, decide, detail, equal_parameter_pairs, equal_rank_pairs, gather, judge,
+from sahlora.claims import (CLAIMS, REVISION, UNDER_REVISION, VERDICTS, Claim, Plan, claim_1, claim_2, claim_3, claim_4, claim_5, comparable,
+                            count_parameters, decide, detail, equal_parameter_pairs, equal_rank_pairs, gather,
                             lacking_pairs, ledger_table, method_scores, methods_of, not_tested, one_beats_other,
                             rank_sides, rank_trend, volume_trends, without_p)
 from sahlora.statistics import compare, paired
@@ -17,6 +19,7 @@ from sahlora.statistics import compare, paired
 PER_RANK = {"cp-lora": 615, "lora-c": 4929, "convlora": 3393}
 RANKS = (2, 8, 32)
 PLAN = Plan(adapters=list(PER_RANK))
+judge = partial(ledger.judge, revised=())  # what the rules alone say
 
 
 def study(gains=None, slope=0.1, patients=24, noise=0.03, seeds=(0, 1), seed=0, ranks=RANKS):
@@ -68,7 +71,25 @@ def test_every_claim_can_be_untested_and_says_why():
 
 
 def test_verdicts_are_words_of_the_list_and_numbers_are_those_of_the_paper():
-    assert VERDICTS == ("supported", "contradicted", "inconclusive", "not tested") and list(CLAIMS) == [1, 2, 3, 4, 5]
+    assert VERDICTS == ("supported", "contradicted", "inconclusive", "not tested", "under revision") and list(CLAIMS) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("world, slope", [(PAPER, 0.1), (AGAINST, -0.1), (SAME, 0.0)])
+def test_claims_under_revision_show_their_effect_and_no_verdict(world, slope):
+    table, trainable = study(world, slope=slope)
+    for one, bare in zip(ledger.judge(table, trainable, PLAN), judge(table, trainable, PLAN)):
+        assert (one.effect, one.interval, one.p, one.p_holm, one.n) == (bare.effect, bare.interval, bare.p, bare.p_holm, bare.n)
+        assert one.verdict == ("under revision" if one.number in UNDER_REVISION else bare.verdict)
+        for shown in (repr(one), one._repr_markdown_(), str(one.facts())):
+            words = set(re.findall("|".join(VERDICTS), shown.replace(bare.claim, "").lower()))
+            assert words == ({"under revision"} if one.number in (2, 4, 5) else {bare.verdict})
+            assert (REVISION in shown) == (one.number in (2, 4, 5))
+
+
+def test_a_claim_that_was_not_tested_stays_so():
+    table, trainable = study()
+    alone = table[(table.method == "cp-lora") & (table["rank"] == 8)].drop(columns="volume_ml")
+    assert {one.verdict for one in ledger.judge(alone, trainable, PLAN)} == {"not tested"}
 
 
 @pytest.mark.parametrize("patients", [1, 2, 3, 5])

@@ -1,15 +1,20 @@
 """Cohorts on disk: what is wrong with a table, an image or a mask is said by name, and nothing hides in a file."""
 import gzip
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 
 from sahlora.checks import attempt, check_cohort, find_duplicates, grouped
-from sahlora.cohort import (COLUMNS, Case, Cohort, check_binary, cohort_table, compact, describe_cohort,
-                            make_phantom_cohort, to_hu, volume_bin, voxel_hash, write_cohort)
-from sahlora.ct import read_nifti, write_nifti
+from sahlora.cohort import (COLUMNS, Case, Cohort, check_binary, cohort_html, cohort_table, compact, describe_cohort,
+                            make_phantom_cohort, read_table, to_hu, volume_bin, voxel_hash, window_of, write_cohort)
+from sahlora.ct import read_ct, read_nifti, write_nifti
+from sahlora.folds import draw_folds, folds_table
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +49,88 @@ def test_a_table_without_hashes_is_enough(cohort):
     assert Cohort.read(cohort.folder).voxels == hashes
 
 
-@pytest.mark.parametrize("columns, words", [
-    ({"case": "same"}, "stands in it twice"),
-    ({"intensity": "grey"}, "neither hu nor window"),
-    ({"spacing": "maybe"}, "neither known nor unknown"),
-    ({"image": "images/none.nii.gz"}, "is not there"),
-])
+@pytest.mark.parametrize("missing", [["blood_ml"], ["sha256"], ["voxels"], ["blood_ml", "sha256", "voxels"]])
+def test_columns_that_may_be_missing_are_missed_by_nobody(cohort, missing):
+    "Whatever is done with a cohort works without them, or says that millilitres are unknown."
+    hashes = cohort.voxels
+    cohort.table.drop(columns=missing).to_csv(cohort.folder / "cohort.csv", index=False)
+    bare = Cohort.read(cohort.folder)
+    assert sorted(bare.table) == sorted(COLUMNS) and bare.voxels == hashes and bare.table.blood_ml.dtype == float
+    report = check_cohort(cohort.folder)
+    assert report.ok and ("blood_ml is empty" in str(report)) == ("blood_ml" in missing)
+    folds, _ = draw_folds(bare, "stratified", 2)
+    assert len(folds_table(bare, folds)) == 2 and "unknown" in cohort_html(bare) + str(cohort_table(bare))
+    assert (describe_cohort(bare)["bins"] is None) == ("blood_ml" in missing)
+    assert len(bare.select(bare.patients[:1])) == 1
+
+
+BAD = [
+    ({"case": "same"}, "stands in it twice"), ({"case": ["", "b"]}, "case '' can not be the name of a file"),
+    *(({"case": [name, "b"]}, "can not be the name of a file") for name in ("a/b", "..", ".a", "a\tb", "x" * 300, "Thumbs.db")),
+    ({"patient": ["", "p"]}, "has no patient"),
+    ({"intensity": "grey"}, "neither hu nor window"), ({"intensity": ""}, "neither hu nor window"),
+    *(({"intensity": word}, "neither hu nor window") for word in (
+        "window:", "window:0", "window:0,80,1", "window:80,0", "window:0,0", "window:a,b", "window:0,inf", "window:nan,80", "0,80")),
+    ({"spacing": "maybe"}, "neither known nor unknown"), ({"spacing": ""}, "neither known nor unknown"),
+    ({"image": "images/none.nii.gz"}, "is not there"), ({"image": ["", ""]}, "'' is not there"), ({"label": "labels"}, "is not there"),
+    *(({"blood_ml": [word, "1"]}, "is not a volume in mL") for word in ("much", "-1", "inf", "1e999", "1,5", "nan")),
+    ({"voxels": ["abc", ""]}, "not a hash"), ({"sha256": ["A" * 64, ""]}, "not a hash"),
+    ({"label": "labels/asah-0000.nii.gz"}, "label of case asah-0000 and label of case asah-0001"),
+    ({"image": ["images/asah-0000.nii.gz", "./images/asah-0000.nii.gz"]}, "image of patient asah-0000-s1 and image of patient"),
+    ({"label": ["images/asah-0000.nii.gz", "labels/asah-0001.nii.gz"]}, "image of patient asah-0000-s1 and label of case asah-0000"),
+]
+
+
+@pytest.mark.parametrize("columns, words", BAD)
 def test_bad_tables_are_refused(cohort, columns, words):
     rewrite(cohort, **columns)
     with pytest.raises(ValueError, match=words) as error:
         Cohort.read(cohort.folder)
     assert "cohort.csv" in str(error.value)
+
+
+def test_two_masks_of_one_image_may_have_a_row_each(cohort):
+    cohort.table.assign(image=cohort.table.image[0], patient="p", sha256="", voxels="").to_csv(cohort.folder / "cohort.csv", index=False)
+    assert len(Cohort.read(cohort.folder)) == 2
+
+
+def rows(cohort, separator=",", end="\n", start=""):
+    "cohort.csv as some program would save it."
+    return start + cohort.table.to_csv(index=False, sep=separator, lineterminator=end)
+
+
+@pytest.mark.parametrize("how", ["byte order mark", "Windows", "empty lines", "spaces"])
+def test_tables_that_spreadsheets_save_are_read(cohort, how):
+    text = {"byte order mark": rows(cohort, start="\ufeff"), "Windows": rows(cohort, end="\r\n"),
+            "empty lines": rows(cohort, end="\n,,,,,,,,,\n\n"), "spaces": rows(cohort, separator=",").replace(",", " , ")}[how]
+    (cohort.folder / "cohort.csv").write_bytes(text.encode())
+    assert Cohort.read(cohort.folder).table.equals(cohort.table)
+
+
+@pytest.mark.parametrize("how, words", [
+    ("semicolons", "with commas"), ("tabs", "with commas"), ("UTF-16", "not a table in UTF-8"), ("Latin-1", "not a table in UTF-8"),
+    ("empty", "with commas"), ("twice", "each column once"), ("comma", "line 2 has 11 values for 10 columns; put quotes"),
+    ("short", "line 3 has 9 values"), ("no row", "holds no case"), ("NUL", "cohort.csv")])
+def test_other_tables_are_refused_with_their_line(cohort, how, words):
+    table = cohort.table.assign(intensity="window:0,80")
+    text = {"semicolons": rows(cohort, ";"), "tabs": rows(cohort, "\t"), "UTF-16": rows(cohort), "empty": "\n\n",
+            "Latin-1": rows(cohort).replace("phantom", "M\u00fcnchen"), "twice": rows(cohort).replace("voxels", "case"),
+            "comma": table.to_csv(index=False).replace('"', ""), "short": rows(cohort).rstrip("\n").rpartition(",")[0] + "\n",
+            "no row": rows(cohort).splitlines()[0], "NUL": rows(cohort).replace("asah", "a\0sah")}[how]
+    encoding = {"UTF-16": "utf-16", "Latin-1": "latin-1"}.get(how, "utf-8")
+    (cohort.folder / "cohort.csv").write_bytes(text.encode(encoding))
+    with pytest.raises(ValueError, match=words) as error:
+        Cohort.read(cohort.folder)
+    assert "cohort.csv" in str(error.value)
+
+
+def test_a_table_keeps_text_as_text(tmp_path):
+    (tmp_path / "t.csv").write_text('patient,age\n007," 3,5"\n1e3,\n')
+    assert read_table(tmp_path / "t.csv").to_dict("list") == {"patient": ["007", "1e3"], "age": ["3,5", ""]}
+
+
+def test_windows():
+    assert window_of("hu") is None and window_of("window:-20,100") == (-20, 100)
 
 
 def test_missing_column_and_missing_table(cohort, tmp_path):
@@ -68,6 +144,11 @@ def test_missing_column_and_missing_table(cohort, tmp_path):
 def test_a_cohort_without_cases_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="no case"):
         write_cohort(tmp_path / "empty", [])
+    assert not (tmp_path / "empty").exists()
+    for wrong in ({"cases": 0}, {"cases": -1}, {"cases": 10_001}, {"cases": 1, "workers": 0}, {"cases": 1, "grid": (0, 0)},
+                  {"cases": 1, "seed": -1}, {"cases": 1, "slices": 0}, {"cases": 1, "kind": "mri"}):
+        with pytest.raises(ValueError, match=list(wrong)[-1]):
+            make_phantom_cohort(tmp_path / "empty", **{"kind": "tbi", "seed": 0, **wrong})
     assert not (tmp_path / "empty").exists()
 
 
@@ -224,10 +305,9 @@ def damage(cohort, kind):
         write_nifti(image, array, scan.affine)
         return [image.name, "2 of 35840 voxels are not a number"]
     assert kind == "coronal"
-    affine = scan.affine @ np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1.0]])
-    write_nifti(image, scan.array, affine)
-    write_nifti(label, mask.array, affine)
-    return [image.name, "coronal"]
+    write_nifti(image, scan.array, np.diag([-1.0, -5.0, 1.0, 1.0]))
+    write_nifti(label, mask.array, np.diag([-1.0, -5.0, 1.0, 1.0]))
+    return [image.name, "its slices are coronal"]
 
 
 @pytest.mark.parametrize("kind", ["bit", "mask bit", "truncated", "swapped", "rewritten", "blood", "not HU",
@@ -253,6 +333,98 @@ def test_notes_are_gathered_and_strays_named(cohort):
                   "a file that cohort.csv does not name (images/old.nii.gz)", "pixels of 5 x 5 mm"):
         assert any(words in note for note in report.notes), words
     assert grouped([(str(n), "warning: odd") for n in range(5)]) == ("odd (0, 1, 2 and 2 more)",)
+
+
+def one_slice(cohort, spacing):
+    "The first scan of a cohort, cut down to the slice with most blood."
+    _, ct, mask = next(iter(cohort))
+    k = slice(n := int(mask.sum((0, 1)).argmax()), n + 1)
+    return write_cohort(cohort.folder.parent / "one", [Case("a", "p", "x", ct.hu[..., k].astype(np.int16), mask[..., k], ct.affine,
+                                                            "hu", spacing)])
+
+
+@pytest.mark.parametrize("spacing", ["known", "unknown"])
+def test_one_slice_is_told_because_prediction_refuses_it(cohort, spacing):
+    one = one_slice(cohort, spacing)
+    with pytest.raises(ValueError, match="one slice"):
+        read_ct(one.folder / one.table.image[0])
+    report = check_cohort(one.folder)
+    assert report.ok == (spacing == "unknown"), "training does not mind, where no spacing is known"
+    assert "one slice of 32 x 40 pixels (2-D)" in "".join(report.notes if report.ok else report.problems)
+
+
+@pytest.mark.parametrize("share, told", [(1.0, "the mask covers 100% of the scan"), (0.5, "the mask covers 50% of the scan"), (0.2, "")])
+def test_a_mask_larger_than_any_hematoma_is_told(cohort, share, told):
+    _, ct, _ = next(iter(cohort))
+    mask = np.zeros(ct.hu.shape, np.uint8)
+    mask[: round(share * len(mask))] = 1
+    report = check_cohort(write_cohort(cohort.folder.parent / "large", [Case("a", "p", "x", ct.hu.astype(np.int16), mask, ct.affine)]).folder)
+    assert report.ok and (told in str(report) if told else "covers" not in str(report))
+
+
+def spoil(cohort, kind):
+    "A cohort that `finetune` refuses; returns words of the note."
+    scans = list(cohort)
+    hu, masks = ([scan.hu.astype(np.int16) for _, scan, _ in scans], [mask for _, _, mask in scans])
+    names, words = list("abc"), "2 patients"
+    hu, masks = [*hu, hu[0][::-1].copy()], [*masks, masks[0][::-1].copy()]
+    if kind == "too few patients":
+        names[2] = "b"
+    elif kind == "no blood":
+        masks, words = [mask * 0 for mask in masks], "no training patient of fold 0, 1, 2 has any blood"
+    elif kind == "blood of one patient":
+        masks, words = [masks[0], masks[1] * 0, masks[2] * 0], "has any blood"
+    elif kind == "two sizes":
+        hu[2], masks[2], words = hu[2][:24], masks[2][:24], "24 x 40 and 32 x 40 pixels"
+    cases = [Case(str(k), name, "x", *both, scans[0][1].affine) for k, (name, *both) in enumerate(zip(names, hu, masks))]
+    return write_cohort(cohort.folder.parent / "spoiled", cases), words
+
+
+@pytest.mark.parametrize("kind", ["too few patients", "no blood", "blood of one patient", "two sizes"])
+def test_what_training_will_refuse_is_told(cohort, tmp_path, kind):
+    from sahlora.folds import folds_for
+    from sahlora.training import pretrain
+    from sahlora.transfer import Strategy, cross_validate
+
+    spoiled, words = spoil(cohort, kind)
+    report = check_cohort(spoiled.folder)
+    assert report.ok and any("training refuses it" in note and words in note for note in report.notes), str(report)
+    base = tmp_path / "base"
+    pretrain(make_phantom_cohort(tmp_path / "source", "tbi", 1, 9, (32, 40), 6), base, {"name": "multi-view-unet", "levels": 1},
+             {"steps": 1, "batch_size": 2}, quiet=True)
+    with pytest.raises(ValueError):
+        cross_validate(base / "model.safetensors", spoiled, Strategy("decoding", steps=1, batch_size=2),
+                       folds_for(spoiled, tmp_path / "folds.json"), tmp_path / "run", quiet=True)
+
+
+def test_folds_that_do_not_fit_any_more_are_told(cohort):
+    (cohort.folder / "folds.json").write_text("{}")
+    assert "training refuses it" in str(check_cohort(cohort.folder)) and "folds.json: not a file of folds" in str(check_cohort(cohort.folder))
+
+
+@pytest.mark.parametrize("kind", ["bit", "truncated", "not HU", "not a number", "coronal"])
+def test_what_prediction_refuses_is_a_problem(cohort, kind):
+    damage(cohort, kind)
+    with pytest.raises(ValueError) as error:
+        read_ct(cohort.folder / cohort.table.image[0])
+    assert str(error.value) in check_cohort(cohort.folder).problems
+
+
+def test_grey_values_that_prediction_would_take_for_hu_are_a_problem(cohort):
+    _, ct, mask = next(iter(cohort))
+    for name, top in (("dark", 250), ("right", 255)):
+        grey = np.clip(ct.hu / 300 * 255, 0, top).astype(np.uint8)
+        case = Case("a", "p", "x", grey, mask, ct.affine, "window:0,300")
+        report = check_cohort(write_cohort(cohort.folder.parent / name, [case]).folder)
+        assert report.ok == (name == "right"), str(report)
+    grey = np.clip(ct.hu / 300 * 255, 0, 250).astype(np.uint8)
+    assert np.abs(read_ct(cohort.folder.parent / "dark/images/a.nii.gz", window=(0, 300)).hu - to_hu(grey, "window:0,300")).max() > 40
+
+
+def test_hidden_files_are_no_strays(cohort):
+    for name in ("images/._asah-0000.nii.gz", "labels/.part.1.2.3.4.x.nii.gz", "images/Thumbs.db"):
+        (cohort.folder / name).write_bytes(b"x")
+    assert "does not name" not in str(check_cohort(cohort.folder))
 
 
 def test_millilitres_without_spacing_are_a_problem(cohort):
@@ -305,3 +477,120 @@ def test_bins_have_no_holes():
         "0", "<25", "25-50", "50-100", ">100", ">100", "unknown"]
     with pytest.raises(ValueError, match="-1"):
         volume_bin(-1)
+
+
+# Whose folder it is
+
+
+def small(folder, **options):
+    return make_phantom_cohort(folder, **{"kind": "tbi", "cases": 3, "seed": 1, "grid": (32, 40), "slices": 6, **options})
+
+
+def stamps(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_same_phantoms_are_kept_and_others_refused(tmp_path, capsys, monkeypatch):
+    made = small(tmp_path / "c")
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"images", "labels", "cohort.csv", "record.json"}
+    before = stamps(tmp_path / "c")
+    assert small(tmp_path / "c", workers=2).table.equals(made.table) and "was done before" in capsys.readouterr().out
+    for other, words in (({"cases": 4}, "cases was 3, is 4"), ({"kind": "sah"}, "kind was 'tbi', is 'asah'"), ({"seed": 2}, "seed was 1"),
+                         ({"grid": (32, 48)}, "grid was"), ({"slices": 7}, "slices was 6")):
+        with pytest.raises(ValueError, match=f"another call.*{words}.*--overwrite"):
+            small(tmp_path / "c", **other)
+    monkeypatch.setattr("sahlora.cohort.case_key", lambda *request: "another code's")
+    with pytest.raises(ValueError, match="another call: code was"):
+        small(tmp_path / "c")
+    assert stamps(tmp_path / "c") == before
+
+
+def test_overwriting_touches_what_the_record_lists_alone(tmp_path):
+    small(tmp_path / "c")
+    for name in ("images/mine.nii.gz", "labels/notes.txt", "folds.json", "cache/x/images.u8"):
+        (tmp_path / "c" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "c" / name).write_text("mine")
+    small(tmp_path / "c", cases=2, overwrite=True)
+    files = {str(path.relative_to(tmp_path / "c")) for path in stamps(tmp_path / "c")}
+    volumes = {f"{kind}/tbi-000{k}.nii.gz" for kind in ("images", "labels") for k in range(2)}
+    mine = {"images/mine.nii.gz", "labels/notes.txt", "folds.json", "cache/x/images.u8"}
+    assert files == volumes | mine | {"cohort.csv", "record.json"}
+    assert all((tmp_path / "c" / name).read_text() == "mine" for name in mine)
+
+
+def test_cases_in_memory_are_kept_and_others_refused(tmp_path, capsys):
+    def cases(first):
+        return [Case(name, name, "x", np.full((4, 5, 6), value), np.ones((4, 5, 6), bool), np.eye(4))
+                for name, value in (("a", first), ("b", 2.0))]
+
+    before = write_cohort(tmp_path / "c", cases(1.0)).table
+    (tmp_path / "c/mine.txt").write_text("mine")
+    assert write_cohort(tmp_path / "c", cases(1.0)).table.equals(before) and "was done before" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="another call: a was '[0-9a-f]*', is"):
+        write_cohort(tmp_path / "c", cases(1.1))
+    assert Cohort.read(tmp_path / "c").table.equals(before)
+    assert not write_cohort(tmp_path / "c", cases(1.1), overwrite=True).table.equals(before)
+    assert (tmp_path / "c/mine.txt").read_text() == "mine"
+    with pytest.raises(ValueError, match="two have one name"):
+        write_cohort(tmp_path / "d", cases(1.0)[:1] * 2)
+
+
+SCRIPT = """
+import sys, time
+import sahlora.cohort as c
+make = c.make_case
+def slow(*request, **options):
+    time.sleep(float(sys.argv[3]))
+    return make(*request, **options)
+c.make_case = slow
+c.make_phantom_cohort(sys.argv[1], "tbi", int(sys.argv[2]), 1, (32, 40), 6, int(sys.argv[4]))
+"""
+
+
+def writer(folder, cases, seconds=0.0, workers=1):
+    command = [sys.executable, "-c", SCRIPT, str(folder), str(cases), str(seconds), str(workers)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_a_killed_call_had_made_is_kept(tmp_path, workers):
+    killed = writer(tmp_path / "c", 3, 0.5, workers)
+    while not list((tmp_path / "c").glob("made/tbi-*.json")):
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.02)
+    killed.kill()
+    killed.communicate()
+    whole = {path.stem for path in (tmp_path / "c").glob("made/tbi-*.json")}
+    before = {path: time for path, time in stamps(tmp_path / "c").items() if path.name.partition(".")[0] in whole and "made" not in str(path)}
+    assert before and not (tmp_path / "c/cohort.csv").exists()
+    (tmp_path / "c/images/.part.other.1.1.0.x.nii.gz").write_text("of another computer, which may be alive")
+    with pytest.raises(ValueError, match="another call: cases was 3, is 2"):
+        small(tmp_path / "c", cases=2)
+    went_on = small(tmp_path / "c")
+    after = stamps(tmp_path / "c")
+    assert all(after[path] == time for path, time in before.items())
+    assert went_on.table.equals(small(tmp_path / "at once").table) and check_cohort(tmp_path / "c").ok
+    assert [path.name for path in after if ".part." in path.name] == [".part.other.1.1.0.x.nii.gz"]
+    assert not (tmp_path / "c/made").exists()
+
+
+def test_two_writers_of_one_cohort_come_one_after_the_other(tmp_path):
+    same = [writer(tmp_path / "c", 2, 0.2) for _ in range(2)]
+    said = [one.communicate()[0] for one in same]
+    assert [one.returncode for one in same] == [0, 0] and sum("was done before" in text for text in said) == 1, said
+    assert check_cohort(tmp_path / "c").ok
+    other = [writer(tmp_path / "d", cases, 0.2) for cases in (1, 2)]
+    said = [one.communicate()[0] for one in other]
+    assert sorted(one.returncode for one in other) == [0, 1] and sum("another call" in text for text in said) == 1, said
+    assert check_cohort(tmp_path / "d").ok, "the one that was refused wrote nothing"
+
+
+def test_a_cohort_of_version_0_1_0_is_read_and_not_written(tmp_path):
+    shutil.copytree(Path(__file__).parent / "files_0_1_0/cohort", tmp_path / "c")
+    before = stamps(tmp_path / "c")
+    old = Cohort.read(tmp_path / "c")
+    assert len(list(old)) == 3 and check_cohort(tmp_path / "c").ok and "asah-0000" in cohort_html(old)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="is there already, and no record.json lists it; choose another folder"):
+            make_phantom_cohort(tmp_path / "c", "asah", 3, 6, (32, 40), 8, overwrite=overwrite)
+    assert stamps(tmp_path / "c") == before

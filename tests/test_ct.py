@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sahlora.ct import HeadCT, read_ct, read_nifti, write_like, write_nifti
+from sahlora.ct.check import is_hidden, some_of, visible
 from sahlora.ct.core import angle_degrees, even_stacks, find_gaps, from_lps, owned_mm, slice_normal, to_lps
 from sahlora.files import plain_words
 
@@ -384,3 +385,20 @@ def test_200_random_damages_are_refused_or_harmless(save, tmp_path, name):
             assert np.array_equal(ct.hu, expected)
     assert passed < (40 if name.endswith(".gz") else 200)  # without a checksum, changed voxels can not be told
     assert read_nifti(save(head(), axial(tilt=10), name)).array.shape == SHAPE
+
+
+@pytest.mark.parametrize("name, hidden", [
+    (".DS_Store", True), ("Thumbs.db", True), ("THUMBS.DB", True), ("desktop.ini", True), ("._scan.nii.gz", True),
+    ("__MACOSX", True), ("$RECYCLE.BIN", True), (".part.host.1.1.0.scan.nii.gz", True), ("a/.git", True),
+    ("scan.nii.gz", False), (".data/scan.nii.gz", False), ("thumbs", False), ("IM0001", False), (".", False)])
+def test_what_is_hidden(name, hidden):
+    assert is_hidden(name) == hidden
+
+
+def test_what_is_visible_is_sorted_and_a_folder_that_is_not_there_is_an_error(tmp_path):
+    for name in ("b", ".a", "a", "Thumbs.db"):
+        (tmp_path / name).write_text("x")
+    assert visible(tmp_path) == [tmp_path / "a", tmp_path / "b"]
+    with pytest.raises(FileNotFoundError):
+        visible(tmp_path / "gone")
+    assert some_of("abc", 2) == "a, b and 1 more" and some_of("abc") == "a, b, c"

@@ -23,6 +23,7 @@ from pydicom.uid import (
 )
 
 import sahlora.ct.series
+from sahlora.ct import read_ct
 from sahlora.ct.dicom import FINDINGS, find_holes, list_series, read_dicom, write_seg
 
 AFFINE = np.array([[-0.5, 0, 0, 5], [0, -0.75, 0, 9], [0, 0, 5, -20], [0, 0, 0, 1.0]])
@@ -194,6 +195,30 @@ def test_what_is_not_dicom_is_ignored(tmp_path):
     os.mkfifo(tmp_path / "a/pipe.dcm")
     ct = read_dicom(tmp_path)
     assert np.array_equal(ct.hu, volume()) and ct.notes == ()
+
+
+HIDDEN = (".DS_Store", "Thumbs.db", "desktop.ini", "._a.nii.gz", ".a.nii", "._2-01.dcm", "__MACOSX/2-01.dcm", "@eaDir/2-01.dcm")
+
+
+def test_hidden_files_are_neither_read_nor_counted(tmp_path):
+    for name in HIDDEN:
+        (tmp_path / "scan" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "scan" / name).write_bytes(b"\0" * 128 + b"DICMjunk")
+    refused(tmp_path / "scan", "among its 0 files")
+    refused(zipped(tmp_path / "scan", tmp_path / "hidden.zip"), "among its 0 files")
+    write_series(tmp_path / "scan")
+    for path in (tmp_path / "scan", zipped(tmp_path / "scan", tmp_path / "scan.zip")):
+        ct = read_ct(path)
+        assert np.array_equal(ct.hu, volume().clip(-1024)) and not any("left out" in note for note in ct.notes)
+
+
+def test_a_hidden_path_that_is_named_is_read(tmp_path):
+    write_series(tmp_path / ".data/.scan")
+    assert np.array_equal(read_dicom(tmp_path / ".data/.scan").hu, volume())
+    with zipfile.ZipFile(tmp_path / ".scan.zip", "w") as archive:
+        for path in sorted((tmp_path / ".data/.scan").iterdir()):
+            archive.writestr(zipfile.ZipInfo(f"./{path.name}"), path.read_bytes())  # as tools that zip "." do
+    assert np.array_equal(read_dicom(tmp_path / ".scan.zip").hu, volume())
 
 
 def test_links_are_followed_once_and_loops_are_errors(tmp_path):

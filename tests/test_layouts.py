@@ -12,8 +12,9 @@ from PIL import Image
 from sahlora.checks import check_cohort
 from sahlora.cohort import Cohort, make_phantom_cohort, to_hu
 from sahlora.ct import read_nifti
+from sahlora.ct.check import some_of
 from sahlora.imports import import_cohort, import_ct_ich, read_patients
-from sahlora.layouts import (BLOOD, KINDS, LAYOUTS, blood_mask, combine_raters, layout_help, parse_labels, some,
+from sahlora.layouts import (BLOOD, KINDS, LAYOUTS, blood_mask, combine_raters, layout_help, parse_labels,
                              which_blood)
 
 SHAPE = (24, 30, 6)
@@ -172,6 +173,51 @@ def test_hidden_and_other_files_are_left_alone(tmp_path):
     for name in ("images/.DS_Store", "images/._a.nii.gz", "labels/readme.txt", "images/dataset.json"):
         (tmp_path / "source" / name).write_bytes(b"x")
     assert len(import_cohort("pairs", tmp_path / "source", tmp_path / "out").cohort) == 2
+
+
+HIDDEN = {
+    "pairs": ["images/._a.nii.gz"], "ct-ich": ["ct_scans/._049.nii"], "bhsd": ["images/Thumbs.db", "labels/desktop.ini", "images/._x"],
+    "instance": ["train_2/data/._001.nii.gz"],
+    "mbh-seg": ["__MACOSX/image.nii.gz", "ID_0a1_ID_9b/._label_annot_9.nii.gz", ".x/image.nii.gz", "ID_0a1_ID_9b/.DS_Store"],
+    "seg-cq500": ["data/volumes/__MACOSX/CT.nii", "data/volumes/.CQ500-CT-1/CT.nii"],
+}
+
+
+@pytest.mark.parametrize("layout", LAY)
+def test_no_layout_counts_hidden_files(tmp_path, layout):
+    LAY[layout](tmp_path / "source")
+    expected = [str(one) for one in LAYOUTS[layout].find(tmp_path / "source")]
+    for name in HIDDEN[layout]:
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "source" / name).write_bytes(b"x")
+    assert [str(one) for one in LAYOUTS[layout].find(tmp_path / "source")] == expected
+
+
+def test_hidden_pictures_and_tables_are_left_alone(tmp_path):
+    jpeg_patient(tmp_path / "source/Patients_CT/001/brain")
+    for name in ("001/brain/._9.jpg", "001/brain/._9_HGE_Seg.jpg", "__MACOSX/brain/9.jpg", "001/brain/Thumbs.db"):
+        (tmp_path / "source/Patients_CT" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "source/Patients_CT" / name).write_bytes(b"x")
+    (tmp_path / "source/._hemorrhage_diagnosis.csv").write_bytes(b"x")
+    report = import_cohort("ct-ich", tmp_path / "source", tmp_path / "out")
+    assert report.cohort.patients == ["ct-ich-001"] and not report.skipped
+
+
+def test_slices_may_be_numbered_with_zeros(tmp_path):
+    jpeg_patient(tmp_path / "source/Patients_CT/001/brain")
+    for path in sorted((tmp_path / "source/Patients_CT/001/brain").iterdir()):
+        number, rest = path.stem.partition("_")[0], path.name.lstrip("0123456789")
+        path.rename(path.with_name(f"{number.zfill(3)}{rest}"))
+    report = import_cohort("ct-ich", tmp_path / "source", tmp_path / "out")
+    assert [ct.hu.shape[2] for _, ct, _ in report.cohort] == [2] and not report.skipped
+
+
+def test_two_scans_of_one_name_are_refused(tmp_path):
+    lay_ct_ich(tmp_path / "source")
+    for kind in ("ct_scans", "masks"):
+        shutil.copy(tmp_path / f"source/{kind}/049.nii", tmp_path / f"source/{kind}/49.nii")
+    with pytest.raises(ValueError, match="several scans would be called ct-ich-049"):
+        import_cohort("ct-ich", tmp_path / "source", tmp_path / "out")
 
 
 # Labels
@@ -430,17 +476,30 @@ def test_the_table_of_the_release_is_compared(tmp_path, patient, none):
                          "6 slices, the release's table says 5 (ct-ich-070)")
 
 
+def test_a_table_of_the_release_that_can_not_be_compared_is_named(tmp_path):
+    lay_ct_ich(tmp_path / "source")
+    for text, words in (("PatientNumber,Slices\n49,3\n", "column nohemorrhage, slicenumber missing"), ("a;b\n", "with commas")):
+        (tmp_path / "source/hemorrhage_diagnosis.csv").write_text(text)
+        with pytest.raises(ValueError, match=words) as error:
+            import_cohort("ct-ich", tmp_path / "source", tmp_path / "out")
+        assert "hemorrhage_diagnosis.csv" in str(error.value)
+
+
 # Patients
 
 
-def test_patients_from_a_table(tmp_path):
+@pytest.mark.parametrize("text", ["Case, Patient\na,007\nb,007\nz,8\n", "\ufeffcase,patient\r\na,007 \r\nb, 007\r\n,\r\n"])
+def test_patients_from_a_table(tmp_path, text):
     lay_pairs(tmp_path / "source")
-    (tmp_path / "patients.csv").write_text("Case, Patient\na,007\nb,007\nz,8\n")
+    (tmp_path / "patients.csv").write_text(text)
     cohort = import_cohort("pairs", tmp_path / "source", tmp_path / "out", patients=tmp_path / "patients.csv").cohort
     assert cohort.table.patient.tolist() == ["007", "007"] and cohort.table.case.tolist() == ["a", "b"]
 
 
-@pytest.mark.parametrize("text, words", [("case,patient\na,1\n", "no patient for b"), ("case,who\na,1\n", "column patient"),
+@pytest.mark.parametrize("text, words", [("case;patient\na;1\nb;2\n", "with commas"), ("case\tpatient\na\t1\nb\t2\n", "with commas"),
+                                         ("", "with commas"), ("case,patient,patient\na,1,1\nb,2,2\n", "once"),
+                                         ("case,patient\na,1,2\nb,2\n", "line 2 has 3 values"),
+                                         ("case,patient\na,1\n", "no patient for b"), ("case,who\na,1\n", "column patient"),
                                          ("case,patient\na,1\na,2\nb,3\n", "a: stands in it twice"),
                                          ("case,patient\na,\nb,1\n", "a: stands in it twice or has no patient")])
 def test_wrong_tables_of_patients(tmp_path, text, words):
@@ -472,7 +531,7 @@ def test_unpaired_files_are_listed(tmp_path):
     with pytest.raises(ValueError) as error:
         import_cohort("pairs", tmp_path / "source", tmp_path / "out")
     assert "images/ alone holds c; labels/ alone holds d" in str(error.value) and not (tmp_path / "out").exists()
-    assert some([str(n) for n in range(12)]) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"
+    assert some_of([str(n) for n in range(12)]) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"
 
 
 def test_two_files_of_one_name(tmp_path):
@@ -562,33 +621,80 @@ def test_a_missing_spacing_can_be_said(tmp_path):
 # What already lies there
 
 
-def test_the_same_import_may_be_repeated_and_another_not(tmp_path):
+def content(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_same_import_is_kept_and_another_refused(tmp_path, capsys):
     lay_pairs(tmp_path / "source")
     options = {"layout": "pairs", "source": tmp_path / "source", "out": tmp_path / "out"}
-    import_cohort(**options)
-    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match="another import .*--overwrite"):
+    first = import_cohort(**options)
+    before, times = content(tmp_path / "out"), [path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.nii.gz")]
+    again = import_cohort(**options)
+    assert str(again) == str(first) and "was done before" in capsys.readouterr().out
+    assert times == [path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.nii.gz")]
+    shutil.copytree(tmp_path / "source", tmp_path / "moved")
+    assert str(import_cohort("pairs", tmp_path / "moved", tmp_path / "out")) == str(first), "the same scans, elsewhere"
+    with pytest.raises(ValueError, match="another call: site was 'pairs', is 'elsewhere'.*--overwrite"):
         import_cohort(**options, site="elsewhere")
-    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    for folder in ("images/b.nii", "labels/b.nii.gz"):
-        (tmp_path / "source" / folder).unlink()
-    import_cohort(**options)
-    assert sorted(path.name for path in (tmp_path / "out/images").iterdir()) == ["a.nii.gz"], "no leftovers"
+    with pytest.raises(ValueError, match="another call: scans.a was .*--overwrite"):
+        import_cohort(**options, patients={"a": "same", "b": "b"})
+    assert before == content(tmp_path / "out")
     import_cohort(**options, site="elsewhere", overwrite=True)
     assert set(Cohort.read(tmp_path / "out").table.site) == {"elsewhere"}
 
 
-def test_what_is_no_import_is_left_alone(tmp_path):
+@pytest.mark.parametrize("change", ["voxels", "mask", "added", "removed"])
+def test_a_source_that_has_changed_is_another_import(tmp_path, change):
+    lay_pairs(tmp_path / "source")
+    import_cohort("pairs", tmp_path / "source", tmp_path / "out")
+    (tmp_path / "out/images/notes.txt").write_text("mine")
+    (tmp_path / "out/folds.json").write_text("mine")
+    before = content(tmp_path / "out")
+    if change == "voxels":
+        store(tmp_path / "source/images/a.nii.gz", head(7), axes="RAS")
+    elif change == "mask":
+        store(tmp_path / "source/labels/a.nii.gz", blood(6), axes="RAS")
+    elif change == "added":
+        store(tmp_path / "source/images/c.nii.gz", head(7))
+        store(tmp_path / "source/labels/c.nii.gz", blood())
+    else:
+        (tmp_path / "source/images/a.nii.gz").unlink()
+        (tmp_path / "source/labels/a.nii.gz").unlink()
+    with pytest.raises(ValueError, match=f"another call: scans.{'c' if change == 'added' else 'a'} was"):
+        import_cohort("pairs", tmp_path / "source", tmp_path / "out")
+    assert before == content(tmp_path / "out")
+    cohort = import_cohort("pairs", tmp_path / "source", tmp_path / "out", overwrite=True).cohort
+    names = {"added": "abc", "removed": "b"}.get(change, "ab")
+    assert cohort.table.case.tolist() == list(names)
+    files = {str(path.relative_to(tmp_path / "out")) for path in content(tmp_path / "out")}
+    volumes = {f"{kind}/{name}.nii.gz" for kind in ("images", "labels") for name in names}
+    assert files == volumes | {"cohort.csv", "import.json", "record.json", "images/notes.txt", "folds.json"}, "no more, no less"
+
+
+def test_jpeg_slices_that_have_changed_are_another_import(tmp_path):
+    jpeg_patient(tmp_path / "source/Patients_CT/050/brain")
+    jpeg_patient(tmp_path / "source/Patients_CT/049/brain")
+    (tmp_path / "source/Patients_CT/049/brain/Thumbs.db").write_bytes(b"x")
+    import_cohort("ct-ich", tmp_path / "source", tmp_path / "out")
+    (tmp_path / "source/Patients_CT/049/brain/Thumbs.db").write_bytes(b"y")
+    import_cohort("ct-ich", tmp_path / "source", tmp_path / "out")
+    shutil.copy(tmp_path / "source/Patients_CT/050/brain/9.jpg", tmp_path / "source/Patients_CT/050/brain/11.jpg")
+    with pytest.raises(ValueError, match="another call: scans.ct-ich-050 was"):
+        import_cohort("ct-ich", tmp_path / "source", tmp_path / "out")
+
+
+def test_what_no_record_lists_is_never_replaced(tmp_path):
     lay_pairs(tmp_path / "source")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("x")
+    import_cohort("pairs", tmp_path / "source", tmp_path / "mine")
+    import_cohort("pairs", tmp_path / "source", tmp_path / "mine", site="elsewhere", overwrite=True)
+    assert (tmp_path / "mine/thesis.txt").read_text() == "x"
+    (tmp_path / "mine/record.json").unlink()
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match="no cohort"):
+        with pytest.raises(ValueError, match="cohort.csv: is there already, and no record.json lists it"):
             import_cohort("pairs", tmp_path / "source", tmp_path / "mine", overwrite=overwrite)
-    import_cohort("pairs", tmp_path / "source", tmp_path / "out")
-    (tmp_path / "out/import.json").unlink()
-    with pytest.raises(ValueError, match="was not imported"):
-        import_cohort("pairs", tmp_path / "source", tmp_path / "out")
     for out in (tmp_path / "source", tmp_path):
         with pytest.raises(ValueError, match="holds the source"):
             import_cohort("pairs", tmp_path / "source", out, overwrite=True)
@@ -601,7 +707,7 @@ def test_nothing_to_import_keeps_what_was_there(tmp_path):
     for name in ("a", "b"):
         store(tmp_path / f"source/labels/{name}.nii.gz", 9 * blood(), axes="RAS")
     with pytest.raises(ValueError, match="none of 2 scans could be imported:\n.*a.nii.gz") as error:
-        import_cohort("pairs", tmp_path / "source", tmp_path / "out")
+        import_cohort("pairs", tmp_path / "source", tmp_path / "out", overwrite=True)
     assert "9 (36 voxels)" in str(error.value) and len(list(Cohort.read(tmp_path / "out"))) == 2
     with pytest.raises(ValueError, match="none of 2"):
         import_cohort("pairs", tmp_path / "source", tmp_path / "new")
@@ -638,12 +744,44 @@ def test_an_interrupted_import_leaves_no_table(tmp_path, monkeypatch):
     ("pairs", {"size": 100}, "--size"),
     ("pairs", {"rater": "mean"}, "--rater 'mean'"),
     ("pairs", {"labels": "one=EDH"}, "--labels"),
+    ("pairs", {"rater": "\u00b2"}, "--rater"),
+    ("pairs", {"window": (80.0, 0.0)}, "--window needs low < high, not 80,0"),
+    ("pairs", {"window": (0.0, float("nan"))}, "window"), ("pairs", {"window": (0.0, float("inf"))}, "window"),
+    ("pairs", {"spacing": (0.5, 0.5, float("inf"))}, "spacing"), ("pairs", {"spacing": (0.5, 0.5, 0.0)}, "spacing"),
+    ("pairs", {"orientation": "LPX"}, "--orientation 'LPX'"), ("pairs", {"size": 0}, "size"),
+    ("pairs", {"blood": []}, "--blood"),
+    ("pairs", {"patients": {"a": "", "b": "b"}}, "no patient for a"), ("pairs", {"patients": {"a": None, "b": "b"}}, "no patient for a"),
 ])
 def test_wrong_options(tmp_path, layout, options, words):
     LAY.get(layout, lay_pairs)(tmp_path / "source")
     with pytest.raises(ValueError) as error:
         import_cohort(layout, tmp_path / "source", tmp_path / "out", **options)
     assert words in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [{"window": (0.0, 80.0)}, {"orientation": "LPS"}, {"fill_nan": True}, {"size": 8}, {"size": 5000},
+                                     {"spacing": (float("inf"), 1.0, 5.0)}])
+def test_options_that_pictures_have_no_use_for(tmp_path, options):
+    jpeg_patient(tmp_path / "source/Patients_CT/001/brain")
+    with pytest.raises(ValueError, match=next(iter(options)).replace("_", ".")):
+        import_cohort("ct-ich", tmp_path / "source", tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_of_impossible_pixels_are_skipped_like_volumes(tmp_path):
+    jpeg_patient(tmp_path / "source/Patients_CT/001/brain")
+    with pytest.raises(ValueError, match="none of 1 scans .*\n.*voxels of 50 x 50 x 5 mm"):
+        import_cohort("ct-ich", tmp_path / "source", tmp_path / "out", spacing=(50.0, 50.0, 5.0))
+
+
+def test_what_prediction_will_refuse_and_what_no_hematoma_is_are_told(tmp_path):
+    jpeg_patient(tmp_path / "source/Patients_CT/001/brain", numbers=(9,))
+    notes = str(import_cohort("ct-ich", tmp_path / "source", tmp_path / "out"))
+    assert "prediction refuses it" in notes and "one slice of 40 x 40 pixels" in notes
+    assert "the mask covers 50% of the scan" in notes
+    lay_pairs(tmp_path / "pairs")
+    store(tmp_path / "pairs/labels/a.nii.gz", 1 - blood(), axes="RAS")
+    assert "the mask covers 99% of the scan" in str(import_cohort("pairs", tmp_path / "pairs", tmp_path / "inverted"))
 
 
 def test_help_says_where_data_are_from():

@@ -89,4 +89,4 @@ def test_a_clean_environment(built, project, tmp_path, version):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     for question in ([tmp_path / "venv/bin/python", "-c", QUESTION], [tmp_path / "venv/bin/sahlora", "--version"]):
         done = subprocess.run(question, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0 and done.stdout.strip() == "0.1.0", done.stderr
+        assert done.returncode == 0 and done.stdout.strip() == "0.2.0.dev0", done.stderr

@@ -1,9 +1,11 @@
 """A scan in, a mask and millilitres out: geometry, numbers, memory, files, and what happens when things go wrong."""
+import contextlib
 import copy
 import errno
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -240,10 +242,13 @@ def test_options_that_can_not_be_are_refused(net, model, scans, tmp_path, option
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("options", [{"save_probabilities": 1}, {"dicom_seg": "yes"}])
-def test_options_of_cases_are_checked_too(model, scans, tmp_path, options):
-    with pytest.raises(ValueError, match=f"{next(iter(options))} must be a valid boolean"):
+@pytest.mark.parametrize("options", [{"save_probabilities": 1}, {"dicom_seg": "yes"}, {"window": (80.0, 0.0)}, {"window": (0.0, float("nan"))},
+                                     {"window": (0, 40, 80)}, {"spacing": (0.5, 0.5)}, {"spacing": (0.5, 0, 5)}, {"spacing": (0.5, 0.5, float("inf"))},
+                                     {"series": 2.5}, {"orientation": 3}, {"fill_nan": 1}, {"allow_gaps": "no"}])
+def test_options_of_cases_are_checked_before_the_first_of_them(model, scans, tmp_path, options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} .*(must|should|should have|Tuple)"):
         run(scans, model, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
 
 
 INF = float("inf")
@@ -799,14 +804,14 @@ def test_options_reach_the_reader(scans, model, tmp_path, phantom):
     assert run(scans, model, tmp_path / "out").errors.keys() == {"one"}
     assert run(scans / "one.nii.gz", model, tmp_path / "windowed", window=(0, 80)).done == 1
     assert json.loads((tmp_path / "windowed/run.json").read_text())["options"]["read"] == {"window": [0, 80]}
-    with pytest.raises(TypeError, match="no windw"):
+    with pytest.raises(ValueError, match="windw is unknown; did you mean 'window'"):
         run(scans, model, tmp_path / "new", windw=(0, 80))
     assert not (tmp_path / "new").exists()
 
 
 def test_dicom_seg_is_for_dicom(scans, model, tmp_path):
     result = run(scans / "one.nii.gz", model, tmp_path / "out", dicom_seg=True)
-    assert "no DICOM SEG: the scan is not DICOM" in result.table.warnings[0]
+    assert "no DICOM SEG: " in result.table.warnings[0] and "one.nii.gz: not read from DICOM" in result.table.warnings[0]
     assert not (tmp_path / "out/one/mask_seg.dcm").exists()
 
 
@@ -1253,6 +1258,21 @@ def as_0_1_0(out):
     record = read_json(out / "run.json")
     del record["table"]
     (out / "run.json").write_text(json.dumps(record))
+
+
+OLD = Path(__file__).parent / "files_0_1_0"
+
+
+def test_a_folder_that_0_1_0_wrote_is_gone_on_with(tmp_path):
+    "The files as it left them, from the folder that it named the scan from and from another."
+    shutil.copytree(OLD / "predicted", tmp_path / "out")
+    before = listing(tmp_path / "out")
+    with contextlib.chdir(OLD):
+        again = run("cohort/images/asah-0000.nii.gz", "model.safetensors", tmp_path / "out", adapter="run/adapter-fold0.safetensors")
+    assert (again.done, again.skipped) == (0, 1) and list(again.table.case) == ["asah-0000"]
+    again = run(OLD / "cohort", OLD / "model.safetensors", tmp_path / "out", adapter=OLD / "run/adapter-fold0.safetensors")
+    assert (again.done, again.skipped) == (2, 1) and sorted(again.table.case) == ["asah-0000", "asah-0001", "asah-0002"]
+    assert {name: before[name] for name in before if "/" in name}.items() <= listing(tmp_path / "out").items()
 
 
 def test_cases_of_0_1_0_are_gone_on_with(scans, model, tmp_path):

@@ -25,7 +25,7 @@ from sahlora.sharing import export_bundle, inference_config, shipped_card
 from sahlora.training import predict_volume, save_network
 from sahlora.unet import MultiViewUnet, build_network
 
-FILES = ["LICENSE", "configs/inference.json", "configs/metadata.json", "docs/README.md", "models/model.pt", "models/model.ts"]
+FILES = ["LICENSE", "configs/inference.json", "configs/metadata.json", "docs/README.md", "models/model.pt", "models/model.ts", "record.json"]
 ALONE = 'import sys; sys.modules["sahlora"] = None\n'  # from then on import sahlora raises ImportError
 
 
@@ -155,12 +155,50 @@ def tiny(tmp_path_factory):
     return folder
 
 
+MADE = ["README.md", "cp-lora.safetensors", "patients.csv", "phantom.safetensors", "record.json"]
+
+
 def test_models_are_made_again_from_a_recipe(tiny):
-    assert sorted(path.name for path in (tiny / "out").iterdir()) == ["README.md", "cp-lora.safetensors", "patients.csv", "phantom.safetensors"]
+    assert sorted(path.name for path in (tiny / "out").iterdir()) == MADE
     before = {path.name: file_hash(path) for path in (tiny / "out").iterdir()}
     make_models(tiny / "again", tiny / "work", tiny / "recipe.yaml", quiet=True)  # goes on from the pre-training
     assert {path.name: file_hash(path) for path in (tiny / "again").iterdir()}.items() <= before.items()
     assert "Synthetic" in (tiny / "out" / "README.md").read_text()
+
+
+def test_models_are_not_made_twice_and_never_over_others(tiny, tmp_path):
+    "The same call keeps its files; another recipe is refused, or replaces what the record lists: no stale adapter, no lost note."
+    recipe, out = json.loads((tiny / "recipe.yaml").read_text()), tmp_path / "out"
+
+    def make(*more, **learning_rates):
+        (tmp_path / "recipe.yaml").write_text(json.dumps(recipe | {"learning_rates": {name.replace("_", "-"): r for name, r in learning_rates.items()}}))
+        return run("models", "make", "--out", out, "--work", tiny / "work", "--recipe", tmp_path / "recipe.yaml", "--quiet", *more)
+
+    def times():
+        return {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+
+    assert make(cp_lora=0.01, convlora=0.01).exit_code == 0 and sorted(times()) == sorted([*MADE, "convlora.safetensors"])
+    (out / "note.txt").write_text("mine")
+    before, work = times(), {path: path.stat().st_mtime_ns for path in (tiny / "work").rglob("*.*") if path.is_file()}
+    for more in ((), ("--overwrite",)):
+        assert make(*more, cp_lora=0.01, convlora=0.01).exit_code == 0 and times() == before
+    refused = make(cp_lora=0.02)
+    assert refused.exit_code == 2 and "recipe.learning_rates.cp-lora was 0.01, is 0.02" in refused.stderr and times() == before
+    assert make("--overwrite", cp_lora=0.02).exit_code == 0
+    assert sorted(times()) == sorted([*MADE, "note.txt"]) and (out / "note.txt").read_text() == "mine"
+    assert {path: path.stat().st_mtime_ns for path in work} == work, "cohorts and base are kept"
+    (out / "README.md").write_text("edited")
+    refused = make(cp_lora=0.02)
+    assert refused.exit_code == 2 and "README.md was changed since" in refused.stderr and (out / "README.md").read_text() == "edited"
+
+
+def test_models_are_not_made_over_files_of_a_user(tiny, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/README.md").write_text("mine")
+    for more in ((), ("--overwrite",)):
+        done = run("models", "make", "--out", tmp_path / "out", "--work", tiny / "work", "--recipe", tiny / "recipe.yaml", "--quiet", *more)
+        assert done.exit_code == 2 and "README.md: is there already" in done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["README.md"] and (tmp_path / "out/README.md").read_text() == "mine"
 
 
 # ---------------------------------------------------------------- the command
@@ -343,38 +381,143 @@ def through_monai(net, path, spec, step, threshold=0.5):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("spec", [InputSpec(), InputSpec((-20.0, 100.0)), InputSpec((0.0, 80.0), 3.1, True), InputSpec((0.0, 140.0), 1.7, True)],
                          ids=["plain", "window", "coarser", "finer"])
-@pytest.mark.parametrize("network", [{"name": "multi-view-unet", "levels": 3}, {"name": "unet", "levels": 2, "width": 4}], ids=["multi-view", "plain"])
+@pytest.mark.parametrize("network", [{"name": "multi-view-unet", "levels": 3}, {"name": "unet", "levels": 2, "width": 4},
+                                     {"name": "unet", "width": 2}], ids=["multi-view", "plain", "plain of 4 levels"])
 def test_transforms_do_what_predict_does(spec, network, tmp_path):
     "Windows, padding, resampling and the way back, for networks that nobody trained: the same mask, the same grid."
     torch.manual_seed(3)
     net = build_network(network).eval()
-    with torch.no_grad():
-        for value in net.parameters():
-            value.mul_(3)
-    path = scan(tmp_path / "scan.nii.gz", (58, 70), "PLS", slices=5)
+    for value in net.parameters():
+        if value.ndim == 4:
+            torch.nn.init.kaiming_normal_(value)  # probabilities that differ from pixel to pixel, at any depth
+    path = scan(tmp_path / "scan.nii.gz", (72, 88) if net.multiple == 16 else (58, 70), "PLS", slices=5)
     ct = read_ct(path)
     p = predict_scan(net, ct, spec=spec, precision="fp32")
     threshold = float(np.quantile(p.probabilities, 0.9))  # some voxels on either side, whatever the network says
-    image, mask = through_monai(net, path, spec, 2**net.levels, threshold)
+    image, mask = through_monai(net, path, spec, net.multiple, threshold)
     ours = (p.probabilities >= threshold).transpose(1, 0, 2)  # stored as PLS
     assert mask.shape == ours.shape and 0 < ours.mean() < 0.5
     assert (mask != ours).mean() < 2e-4, f"{(mask != ours).sum()} of {mask.size} voxels differ"
-    assert float(image.min()) == 0 and float(image.max()) <= 1 and not any(n % 2**net.levels for n in image.shape[1:3])
+    assert float(image.min()) == 0 and float(image.max()) <= 1 and not any(n % net.multiple for n in image.shape[1:3])
 
 
-def test_bad_bundles_are_refused_and_nothing_is_written(tmp_path):
-    (tmp_path / "there").mkdir()
-    for out, options, words in ((tmp_path / "there", {}, "there already"), (tmp_path / "a b", {}, "letters, digits"),
-                                (tmp_path / "x", {"threshold": 1.0}, "threshold"), (tmp_path / "x", {"model": "none.safetensors"}, "no such file")):
+def test_a_bundle_says_what_the_network_needs(tmp_path):
+    "The plain Unet halves four times: the bundle pads to 16, and so does its metadata say."
+    torch.manual_seed(3)
+    net = build_network({"name": "unet", "width": 2})
+    save_network(tmp_path / "model.safetensors", net)
+    bundle = export_bundle(tmp_path / "plain", tmp_path / "model.safetensors")
+    config = json.loads((bundle / "configs/inference.json").read_text())
+    assert config["padding"]["transforms"][0]["k"] == [16, 16, 1]
+    meta = json.loads((bundle / "configs/metadata.json").read_text())
+    assert meta["network_data_format"]["inputs"]["image"]["spatial_shape"] == ["16*n", "16*n"]
+    x = torch.rand(2, 1, 80, 96)
+    with torch.no_grad():
+        assert torch.allclose(torch.jit.load(bundle / "models/model.ts")(x), net.eval()(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("threshold", [1.0, 0, float("nan"), float("inf"), "0.5", True])
+def test_bad_bundles_are_refused_and_nothing_is_written(tmp_path, threshold):
+    for out, options, words in ((tmp_path / "a b", {}, "letters, digits"), (tmp_path / "x", {"threshold": threshold}, "threshold must"),
+                                (tmp_path / "x", {"model": "none.safetensors"}, "no such file")):
         with pytest.raises((ValueError, OSError), match=words):
             export_bundle(out, **options)
-    assert [path.name for path in tmp_path.iterdir()] == ["there"] and not list((tmp_path / "there").iterdir())
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_bundle_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): file_hash(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_bundle_is_kept_refused_or_replaced(tmp_path):
+    out = tmp_path / "bundle"
+    export_bundle(out, adapter="cp-lora")
+    (out / "docs/mine.md").write_text("mine")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    for overwrite in (False, True):
+        export_bundle(out, adapter="cp-lora", overwrite=overwrite)
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before, "the same call keeps its files"
+    for words in (("--adapter", "convlora"), ("--adapter", "cp-lora", "--threshold", 0.4)):
+        done = run("export", "--out", out, *words)
+        assert done.exit_code == 2 and "another call" in done.stderr and {path: path.stat().st_mtime_ns for path in before} == before
+    done = run("export", "--out", out, "--adapter", "convlora", "--overwrite")
+    assert done.exit_code == 0, done.stderr
+    export_bundle(tmp_path / "fresh" / "bundle", adapter="convlora")
+    found, fresh = contents(out), contents(tmp_path / "fresh/bundle")
+    same = fresh.keys() - {"models/model.ts", "record.json"}  # TorchScript numbers what it has traced in a process
+    assert found.keys() == {*fresh, "docs/mine.md"} and {name: found[name] for name in same} == {name: fresh[name] for name in same}
+    (out / "models/model.pt").write_bytes(b"edited")
+    with pytest.raises(ValueError, match="models/model.pt was changed since it was written"):
+        export_bundle(out, adapter="convlora")
+    assert (out / "models/model.pt").read_bytes() == b"edited"
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "docs/README.md", "models"])
+def test_a_bundle_is_not_written_over_files_of_a_user(tmp_path, name):
+    path = tmp_path / "bundle" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises((ValueError, OSError), match=f"bundle/{name}"):
+            export_bundle(tmp_path / "bundle", overwrite=overwrite)
+    assert path.read_text() == "mine"
+
+
+def test_weights_that_are_not_their_runs_are_not_exported(tiny, tmp_path):
+    torch.manual_seed(1)
+    work = tmp_path / "made"
+    make_models(work, tiny / "work", tiny / "recipe.yaml", quiet=True)
+    export_bundle(tmp_path / "x", work / "phantom.safetensors", work / "cp-lora.safetensors")
+    save_network(work / "phantom.safetensors", MultiViewUnet(levels=1))
+    with pytest.raises(ValueError, match="phantom.safetensors: is not the file that record.json"):
+        export_bundle(tmp_path / "y", work / "phantom.safetensors")
+    assert not (tmp_path / "y").exists()
+
+
+def test_versions_that_are_not_known_do_not_stop_an_export(tmp_path):
+    program = """
+import importlib.metadata as metadata, sys
+real = metadata.version
+def version(name):
+    if name in ("sahlora", "nibabel"):
+        raise metadata.PackageNotFoundError(name)
+    return real(name)
+metadata.version = version
+from sahlora.sharing import export_bundle
+export_bundle(sys.argv[1])
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program, tmp_path / "x"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    meta = json.loads((tmp_path / "x/configs/metadata.json").read_text())
+    assert meta["required_packages_version"] == {"nibabel": "unknown"} and meta["changelog"]["0.1.0"].endswith("sahlora unknown")
+
+
+LIMITED = """
+import resource, sys
+from typer.testing import CliRunner
+from sahlora.cli import app
+import monai.data, sahlora.sharing
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+done = CliRunner().invoke(app, ["export", "--out", sys.argv[1]])
+print(done.exit_code, done.stderr)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a limit on the size of files")
+def test_a_bundle_that_does_not_fit_is_said_in_words_and_gone_on_with(tmp_path):
+    "Really written, not pretended: torch's own writer says nothing of the disk."
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", LIMITED, tmp_path / "bundle"], capture_output=True, text=True)
+    assert done.stdout.startswith("2 ") and "too large" in done.stdout and "mistake" not in done.stdout, done.stdout + done.stderr
+    left = contents(tmp_path / "bundle")
+    assert "models/model.pt" not in left and not json.loads((tmp_path / "bundle/record.json").read_text())["complete"]
+    done = run("export", "--out", tmp_path / "bundle")
+    assert done.exit_code == 0 and sorted(contents(tmp_path / "bundle")) == FILES
+
+
+def test_a_full_disk_is_said_in_words(tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device", str(tmp_path))
 
-    monkeypatch.setattr("torch.save", full)
+    monkeypatch.setattr("sahlora.sharing.torch.save", full)
     done = run("export", "--out", tmp_path / "bundle")
-    assert done.exit_code == 2 and "disk is full" in done.stderr and not list(tmp_path.iterdir())
+    assert done.exit_code == 2 and "disk is full" in done.stderr and list(contents(tmp_path / "bundle")) == ["record.json"]

@@ -1,11 +1,12 @@
 """Batches, augmentation, the loop and its checkpoints: balanced, seeded, frozen where it says frozen, resumable."""
+import copy
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
 
 import numpy as np
 import pandas as pd
@@ -14,12 +15,14 @@ import torch
 from monai.losses import DiceCELoss, DiceLoss
 
 from sahlora import slices
+from sahlora.adapters import adapt
 from sahlora.augmentation import NO_AUGMENTATION, Augmentation, augment, bend, bend_mask, displacement, sample_generator, smooth
-from sahlora.checkpoint import Checkpoint, differences, find_checkpoint
+from sahlora.checkpoint import Checkpoint, find_checkpoint
 from sahlora.cohort import Case, Cohort, make_phantom_cohort, write_cohort
 from sahlora.files import load_tensors, save_tensors
+from sahlora.outputs import differences
 from sahlora.slices import BalancedBatches, open_store, pack, unpack
-from sahlora.training import (Training, batch_dice, ct_to_images, load_network, make_loss, make_training, pad_to_multiple, predict,
+from sahlora.training import (Training, _averaged, batch_dice, ct_to_images, dice_of_rows, load_network, make_loss, make_training, pad_to_multiple, predict,
                               pretrain, save_network, train, training_facts, weights_hash)
 from sahlora.unet import MultiViewUnet, Unet
 
@@ -72,21 +75,23 @@ def test_other_content_is_another_store(tmp_path):
     cohort = write_cohort(tmp_path / "one", [case(10)])
     first = open_store(cohort, 4)
     assert open_store(cohort, 4).folder == first.folder and first.size == (20, 16)
-    again = open_store(write_cohort(tmp_path / "one", [case(11)]), 4)
+    again = open_store(write_cohort(tmp_path / "one", [case(11)], overwrite=True), 4)
     assert again.folder != first.folder and again.read([0])[0].max() == 11
 
 
 def test_a_store_made_by_many_at_once_is_one_store(store, tmp_path, monkeypatch):
-    cohort, together, unpacked = Cohort.read(store.folder.parent.parent), Barrier(6), slices._unpack_cohort
+    cohort, unpacked, calls = Cohort.read(store.folder.parent.parent), slices._unpack_cohort, []
 
-    def unpack_and_wait(*told):
+    def unpack_slowly(*told):
+        calls.append(told)
+        time.sleep(0.5)  # so that all the others ask meanwhile
         unpacked(*told)
-        together.wait(60)  # so that all are about to rename
 
     monkeypatch.setattr(slices, "_cache_folder", lambda cohort, key: tmp_path / "cache" / key)
-    monkeypatch.setattr(slices, "_unpack_cohort", unpack_and_wait)
+    monkeypatch.setattr(slices, "_unpack_cohort", unpack_slowly)
     with ThreadPoolExecutor(6) as pool:
-        made = list(pool.map(open_store, [cohort] * 6))
+        made = list(pool.map(open_store, [cohort] * 6, [4] * 6))
+    assert len(calls) == 1
     assert {one.folder for one in made} == set((tmp_path / "cache").iterdir()) and len({one.folder for one in made}) == 1
     assert all(torch.equal(one.read(range(len(store)))[0], store.read(range(len(store)))[0]) for one in made)
     assert made[0].folder.stat().st_mode & 0o777 == 0o777 & ~os.umask(os.umask(0o022)), "colleagues can read it"
@@ -96,7 +101,33 @@ def test_slices_of_two_sizes_are_refused(tmp_path):
     cases = [Case(f"c{n}", f"p{n}", "toy", np.zeros((n, 16, 2), np.int16), np.zeros((n, 16, 2), np.uint8), np.eye(4)) for n in (16, 24)]
     with pytest.raises(ValueError, match="c24.*one slice size"):
         open_store(write_cohort(tmp_path / "c", cases), 4)
-    assert not list((tmp_path / "c/cache").iterdir())
+    assert not (tmp_path / "c/cache").exists()
+
+
+@pytest.mark.parametrize("damage", [lambda f: (f / "masks.u8").write_bytes((f / "masks.u8").read_bytes()[:-1]),
+                                    lambda f: (f / "images.u8").unlink(), lambda f: (f / "index.json").write_text("{"),
+                                    lambda f: (f / "index.json").write_text("{}")])
+def test_a_store_that_is_not_whole_is_made_again(store, tmp_path, damage):
+    shutil.copytree(store.folder.parent.parent, tmp_path / "c")
+    damage(tmp_path / "c/cache" / store.folder.name)
+    again = open_store(Cohort.read(tmp_path / "c"), 4)
+    assert torch.equal(again.read(range(len(store)))[0], store.read(range(len(store)))[0])
+
+
+@pytest.mark.parametrize("trap", [lambda own: own.symlink_to(own.parent / "theirs"), lambda own: (own.mkdir(), own.chmod(0o777))])
+def test_a_folder_of_temporary_files_that_others_can_write_is_passed_over(store, tmp_path, monkeypatch, trap):
+    "A store there could hold anybody's slices: with the right name and the right sizes."
+    cohort, own = Cohort.read(store.folder.parent.parent), tmp_path / f"sahlora-{os.getuid()}"
+    (tmp_path / "theirs").mkdir()
+    trap(own)
+    planted = own / slices.cache_key(cohort, 4)[:20]
+    shutil.copytree(store.folder, planted)
+    (planted / "images.u8").write_bytes(bytes((planted / "images.u8").stat().st_size))
+    monkeypatch.setattr(slices.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(slices, "_is_whole", lambda folder, real=slices._is_whole: folder.is_relative_to(tmp_path) and real(folder))
+    monkeypatch.setattr(slices.os, "access", lambda *_: False)  # the cohort's own folder is read-only
+    found = open_store(cohort, 4)
+    assert torch.equal(found.read(range(len(store)))[0], store.read(range(len(store)))[0])
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 8])
@@ -138,10 +169,17 @@ def test_blur_is_scipys(sigma):
     assert np.abs(smooth(field, sigma)[0].numpy() - expected).max() < 1e-6
 
 
-def test_displacement_is_the_formula_written_out():
-    noise = torch.rand(1, 2, 24, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    field = displacement(noise, 5, 2)
-    assert torch.allclose(field[..., 0], smooth(noise, 2)[:, 0] * 5 / 24) and torch.allclose(field[..., 1], smooth(noise, 2)[:, 1] * 5 / 32)
+@pytest.mark.parametrize("size", [(64, 64), (80, 64), (64, 160)])
+def test_displacement_is_as_large_along_x_as_along_y_in_pixels(size):
+    "A point is moved by `bend`, and where its centre of mass goes is compared: whatever the shape of a slice."
+    noise = torch.rand(2, 2, *size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    noise[:, 1] = noise[:, 0]  # the same along both axes
+    height, width = size
+    field = displacement(noise, 20, 4)
+    y, x = torch.meshgrid(torch.arange(float(height)), torch.arange(float(width)), indexing="ij")
+    places = bend(torch.stack([x, y]).expand(2, -1, -1, -1), field)
+    moved = (places - torch.stack([x, y]))[..., 8:-8, 8:-8]
+    assert moved.abs().max() > 0.3 and (moved[:, 0] - moved[:, 1]).abs().max() < 1e-4
 
 
 def test_bend_samples_where_it_says():
@@ -181,7 +219,9 @@ def test_jitter_moves_the_window():
     assert low - 0.2 < images.min() < 0.4 and 0.6 < images.max() < high + 0.2 and abs(images.mean() - 0.5) < 0.02
 
 
-@pytest.mark.parametrize("wrong", [{"elastic": 2}, {"flip": -1}, {"masks": "big"}, {"sigma": 0}])
+@pytest.mark.parametrize("wrong", [{"elastic": 2}, {"flip": -1}, {"masks": "big"}, {"sigma": 0}, {"jitter_hu": 30.5}, {"jitter_hu": 71},
+                                   {"jitter_hu": float("nan")}, {"alpha": float("inf")}, {"alpha": -5.0}, {"sigma": 1e6}, {"flip": "0.5"},
+                                   {"jitter_weight": float("inf")}, {"elastic": True}])
 def test_impossible_augmentation_is_refused(wrong):
     with pytest.raises(ValueError):
         Augmentation(**wrong)
@@ -276,6 +316,47 @@ def test_options_change_the_training(store, options):
     assert hashes[0] != hashes[1]
 
 
+def norms_of(net):
+    "Running statistics by name."
+    return {name: value for name, value in net.state_dict().items() if "running" in name}
+
+
+@pytest.mark.parametrize("more", [{}, {"patience": 50}])
+def test_averaged_weights_are_scored_with_statistics_of_their_own(store, more):
+    "The statistics are what one pass over the training batches gives, and the first weights are forgotten."
+    net, rows = network(), everything(store)
+    plain = copy.deepcopy(net)
+    options = {"steps": 200, "batch_size": 6, "learning_rate": 3e-3, "precision": "fp32", "augmentation": NO_AUGMENTATION}
+    how = Training(**options, average=0.99, **more)
+    history = train(net, store, rows, how, validation=rows if more else None, quiet=True)
+    again, batches = copy.deepcopy(net), BalancedBatches(rows, store.blood, 6, 0)
+    images = ((store.read(batches.batch(k))[0] / 140).clamp(0, 1) for k in range(batches.per_epoch))
+    torch.optim.swa_utils.update_bn(images, again)
+    for name, value in norms_of(again).items():
+        assert torch.allclose(value, norms_of(net)[name], rtol=1e-4, atol=1e-6), name
+    train(plain, store, rows, Training(**options), quiet=True)
+    dice = dice_of_rows(net, store, rows)
+    assert dice > 0.8 * dice_of_rows(plain, store, rows) > 0.3
+    if more:
+        assert dice == pytest.approx(history.validation.max(), abs=1e-6)
+
+
+def test_averaging_leaves_frozen_norms_alone(store):
+    net = MultiViewUnet(levels=2)
+    adapt(net, "cp-lora", rank=2, where="decoding")
+    before = {name: value.clone() for name, value in net.state_dict().items() if "adapter" not in name}
+    train(net, store, np.arange(len(store)), Training(steps=4, batch_size=6, average=0.9), quiet=True)
+    after = net.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_the_average_of_the_first_steps_forgets_the_start():
+    mean = torch.ones(1)
+    for n in range(1, 100):
+        mean = _averaged(0.99, mean, torch.zeros(1), n)
+    assert mean < 1e-6  # 0.37 without a warm-up of the decay
+
+
 def test_stopping_early_keeps_a_copy_of_the_best(store):
     net = network()
     how = Training(steps=200, batch_size=6, learning_rate=0.05, patience=2, augmentation=NO_AUGMENTATION)
@@ -306,7 +387,15 @@ def test_nothing_to_train_is_an_error(store):
 
 
 @pytest.mark.parametrize("wrong, words", [({"stepps": 3}, "did you mean 'steps'"), ({"steps": "10"}, "steps"), ({"loss": "focal"}, "dice\\+ce"),
-                                          ({"average": 1.0}, "average"), ({"clip": 0}, "clip"), ({"learning_rate": -1}, "learning_rate")])
+                                          ({"average": 1.0}, "average"), ({"clip": 0}, "clip"), ({"learning_rate": -1}, "learning_rate"),
+                                          ({"steps": 10.5}, "steps"), ({"steps": True}, "steps"), ({"steps": "10"}, "steps"),
+                                          ({"batch_size": 2.5}, "batch_size"), ({"batch_size": 1}, "batch_size"),
+                                          ({"patience": 0}, "patience"), ({"patience": -1}, "patience"), ({"patience": 1.5}, "patience"),
+                                          ({"learning_rate": float("inf")}, "learning_rate"), ({"learning_rate": float("nan")}, "learning_rate"),
+                                          ({"device": "gpu"}, "device"), ({"precision": "fp8"}, "precision"), ({"seed": -1}, "seed"),
+                                          ({"seed": 0.5}, "seed"), ({"warmup": 1.5}, "warmup"), ({"workers": -1}, "workers"),
+                                          ({"compile": "yes"}, "compile"), ({"weight_decay": float("inf")}, "weight_decay"),
+                                          ({"augmentation": "none"}, "augmentation")])
 def test_wrong_options_are_named(wrong, words):
     with pytest.raises(ValueError, match=words):
         make_training(wrong)

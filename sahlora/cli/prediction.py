@@ -12,22 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sahlora.cli.core import (
-    METHOD_NAMES,
-    AllowGaps,
-    Device,
-    FillNan,
-    Orientation,
-    Out,
-    Overwrite,
-    Precision,
-    Quiet,
-    Series,
-    Spacing,
-    Window,
-    app,
-    models,
-    one_of,
-    typed_numbers,
+    METHOD_NAMES, AllowGaps, Device, FillNan, Orientation, Out, Overwrite, Precision, Quiet, Series,
+    Spacing, Window, app, models, one_of, typed_numbers,
 )
 
 if TYPE_CHECKING:
@@ -61,14 +47,6 @@ _Adapter = Annotated[Path | None, typer.Option(help="Adapter trained on these we
                                                f"{', '.join(METHOD_NAMES)}.", autocompletion=one_of(*METHOD_NAMES))]
 _Threshold = Annotated[float, typer.Option(help="Probability from which a voxel is blood.")]
 
-
-def _say_synthetic(model: Path, adapter: Path | None) -> None:
-    "Tell who uses weights that know the phantom alone."
-    from sahlora.card import weight_facts
-
-    if weight_facts(model, adapter)["synthetic"]:
-        typer.echo("The weights were trained on synthetic data: no clinical claim.")
-
 # %% ../../nbs/80_cli.prediction.ipynb #85224f40
 @app.command("predict")
 def predict(
@@ -100,21 +78,25 @@ def predict(
 # %% ../../nbs/80_cli.prediction.ipynb #64d0a3fd
 def _predict(scan: Path, model: Path, adapter: Path | None, out: Path, options: dict[str, Any]) -> None:
     "Find the weights, predict, show the cases, exit with their code."
+    from sahlora.card import weight_facts
     from sahlora.models import find_weights
     from sahlora.prediction import predict_cases
 
     model, adapter = find_weights(model), find_weights(adapter, "adapter") if adapter else None
+    synthetic = weight_facts(model, adapter)["synthetic"]  # read before the work, not after it
     run = predict_cases(scan, model, out, adapter=adapter, **options)
     _show_cases(run)
-    _say_synthetic(model, adapter)
+    if synthetic:
+        typer.echo("The weights were trained on synthetic data: no clinical claim.")
     raise typer.Exit(run.exit_code)
 
 # %% ../../nbs/80_cli.prediction.ipynb #2bea226d
 @app.command("export")
 def export(
-    out: Annotated[Path, typer.Option(help="New folder; its name is the bundle's.")], model: _Model = Path("phantom"),
+    out: Annotated[Path, typer.Option(help="Folder to write; its name is the bundle's.")], model: _Model = Path("phantom"),
     adapter: _Adapter = None, threshold: _Threshold = 0.5,
     scores: Annotated[Path | None, typer.Option(help="patients.csv for the model card; by default the one beside the weights.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a MONAI bundle of a network, the adapter merged into it: it runs with MONAI alone, without sahlora.
 
@@ -127,7 +109,7 @@ def export(
     """
     from sahlora.sharing import export_bundle
 
-    made = export_bundle(out, model, adapter, threshold, scores)
+    made = export_bundle(out, model, adapter, threshold, scores, overwrite)
     typer.echo(f"{made}: a MONAI bundle; {Path(made) / 'docs' / 'README.md'} says how to use it")
 
 # %% ../../nbs/80_cli.prediction.ipynb #5e0084f6
@@ -149,7 +131,8 @@ def models_show() -> None:
 @models.command("make")
 def models_make(
     out: Out, work: Annotated[Path, typer.Option(help="Folder for cohorts and the pre-training, to go on with.")] = Path("runs/models"),
-    recipe: Annotated[Path | None, typer.Option(help="Recipe (YAML); by default the one in the package.")] = None, quiet: Quiet = False,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe (YAML); by default the one in the package.")] = None,
+    overwrite: Overwrite = False, quiet: Quiet = False,
 ) -> None:
     """Train the shipped network and adapters again, and score them: about eight minutes on one core.
 
@@ -160,8 +143,6 @@ def models_make(
       sahlora models make --out weights
     """
     from sahlora.models import make_models
-    from sahlora.sharing import shipped_card
 
-    scores = make_models(out, work, recipe, quiet)
-    (out / "README.md").write_text(shipped_card(out), encoding="utf-8")
+    scores = make_models(out, work, recipe, quiet, overwrite)
     typer.echo(f"{out}: {scores.method.nunique()} scored on {scores.patient.nunique()} patients. Synthetic, no clinical claim.")

@@ -348,7 +348,8 @@ def amounts(amounts: Sequence[Mapping[str, Any]], synthetic: bool = True) -> Fig
         return finish(fig, synthetic)
 
 # %% ../../nbs/70_figures.results.ipynb #0a1fceec
-VERDICT_COLORS = {"supported": GREEN, "contradicted": VERMILION, "inconclusive": ORANGE, "not tested": GREY}
+VERDICT_COLORS = {"supported": GREEN, "contradicted": VERMILION, "inconclusive": ORANGE, "not tested": GREY,
+                  "under revision": BLUE}
 
 
 def _is_rho(claim: Mapping[str, Any]) -> bool:
@@ -380,6 +381,8 @@ def ledger(claims: Sequence[Mapping[str, Any]], synthetic: bool = True) -> Figur
             ax = fig.add_axes((0.55, y - 0.13 / height, 0.25, 0.26 / height))
             _effect(ax, claim)
             fig.text(0.82, y, _words(claim), va="center", fontsize=6.5)
+        revised = {claim["reason"] for claim in claims if claim["verdict"] == "under revision"}
+        fig.text(0.01, 0.03 / height, "".join(f"under revision: {reason}" for reason in revised), fontsize=6, color="0.4", va="bottom")
         return finish(fig, synthetic)
 
 # %% ../../nbs/70_figures.results.ipynb #680830c5

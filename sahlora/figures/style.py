@@ -31,7 +31,7 @@ STYLE = {"font.family": "DejaVu Sans", "font.size": 7, "axes.titlesize": 7, "axe
          "ytick.labelsize": 6.5, "legend.fontsize": 6.5, "axes.spines.top": False, "axes.spines.right": False,
          "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "legend.frameon": False,
          "figure.constrained_layout.h_pad": 0.03, "figure.constrained_layout.w_pad": 0.03,
-         "savefig.bbox": None, "svg.hashsalt": "sahlora", "svg.fonttype": "path"}
+         "savefig.bbox": None, "svg.hashsalt": "sahlora", "svg.fonttype": "path", "text.parse_math": False}  # $ in a name is text
 
 # %% ../../nbs/70_figures.style.ipynb #6492c0c3
 @contextmanager

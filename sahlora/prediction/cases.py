@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['NIFTI', 'DICOM', 'LOOKED_FOR', 'CASE_COLUMNS', 'load_model', 'find_cases', 'case_row', 'failed_row', 'whole_folder',
-           'CaseOptions', 'input_hash', 'is_dicom_scan', 'keep_names', 'CaseRun', 'predict_cases']
+           'ReadOptions', 'CaseOptions', 'input_hash', 'keep_names', 'CaseRun', 'predict_cases']
 
 # %% ../../nbs/60_prediction.cases.ipynb #1f780572
 import errno
-import inspect
 import json
 import os
 import shutil
@@ -32,7 +31,6 @@ from ..cohort import Cohort, window_of
 from ..ct import HeadCT, read_ct, write_like
 from ..ct.check import is_hidden
 from ..ct.core import stack_spacing
-from ..ct.nifti import StoredNifti
 from ..figures import save_figure
 from sahlora.files import (
     PART, file_hash, load_tensors, object_hash, package_version, plain_words, read_json,
@@ -41,7 +39,7 @@ from sahlora.files import (
 from ..hardware import choose_device, choose_precision, keep_memory, run_facts
 from ..options import options
 from ..outputs import check_recorded, sole_writer
-from .scan import InputSpec, Prediction, ScanOptions, predict_scan
+from .scan import InputSpec, Length, Prediction, ScanOptions, Window, predict_scan
 from .sheet import CAUTION
 from ..training import Devices, Precisions, load_network
 
@@ -120,7 +118,7 @@ _OURS = ("cases.csv", "run.json")  # names that no case may have
 
 def _free_name(name: str, taken: set[str]) -> str:
     "The name, with a number where it is taken; `taken` (in lower case) then holds it."
-    names = (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3)))
+    names = [name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))]
     free = next(one for one in names if one.casefold() not in taken)
     taken.add(free.casefold())
     return free
@@ -183,7 +181,7 @@ def case_row(name: str, source: str | Path, prediction: Prediction, notes: Seque
     said = (*ct.notes, *p.notes, *notes)
     warnings = [note.removeprefix("warning: ") for note in said if note.startswith("warning: ")]
     return {
-        "case": name, "source": str(source), "status": "done", "hard_ml": round(p.hard_ml, 4),
+        "case": name, "source": os.path.abspath(source), "status": "done", "hard_ml": round(p.hard_ml, 4),
         "soft_ml": round(p.soft_ml, 4), "slices": ct.hu.shape[2], "slices_with_blood": p.slices_with_blood,
         "largest_ml": round(p.largest_ml, 4), "spacing": _spacing_words(ct), "tilt": round(ct.tilt, 1),
         "seconds": round(p.seconds, 2), "warnings": "; ".join(warnings), "error": "",
@@ -194,7 +192,7 @@ def failed_row(name: str, source: str | Path, error: Exception) -> dict[str, Any
     "The same for a case that could not be predicted: why, on one line."
     words = plain_words(error) if isinstance(error, OSError) else str(error)
     words = " ".join(words.split()) or type(error).__name__
-    return {"case": name, "source": str(source), "status": "failed", "warnings": "", "error": words}
+    return {"case": name, "source": os.path.abspath(source), "status": "failed", "warnings": "", "error": words}
 
 # %% ../../nbs/60_prediction.cases.ipynb #657aa197
 def _read_case(folder: Path) -> dict[str, Any]:
@@ -237,16 +235,27 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 # %% ../../nbs/60_prediction.cases.ipynb #b5a9bbc5
 @options
+class ReadOptions:
+    "What `read_ct` is told."
+
+    series: str | int | None = None
+    window: Window | None = None
+    spacing: tuple[Length, Length, Length] | None = None
+    orientation: str | None = None
+    fill_nan: bool = False
+    allow_gaps: bool = False
+
+
+@options
 class CaseOptions(ScanOptions):
-    "How cases are predicted. `read`: what `read_ct` is told."
+    "How cases are predicted."
 
     save_probabilities: bool = False
     dicom_seg: bool = False
     read: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if unknown := sorted(self.read.keys() - inspect.signature(read_ct).parameters.keys()):
-            raise TypeError(f"read_ct takes no {', '.join(unknown)}")
+        ReadOptions(**self.read)
         if self.dicom_seg and not find_spec("highdicom"):
             raise ValueError("--dicom-seg needs highdicom: pip install 'sahlora[dicom]'")
 
@@ -262,31 +271,20 @@ def input_hash(path: str | Path) -> str:
     return object_hash({str(f.relative_to(path)): file_hash(f) for f in files if f.is_file()})
 
 # %% ../../nbs/60_prediction.cases.ipynb #0e687bc4
-def is_dicom_scan(ct: HeadCT) -> bool:
-    "Whether a scan was read from DICOM."
-    return ct.stored is not None and not isinstance(ct.stored, StoredNifti)
-
-
-def _write_seg(p: Prediction, path: Path) -> list[str]:
-    "The mask as DICOM SEG where there can be one; else a note that says why not."
-    if not is_dicom_scan(p.ct):
-        return ["warning: no DICOM SEG: the scan is not DICOM"]
-    from sahlora.ct.dicom import write_seg
-
-    try:
-        write_seg(p.ct, p.mask, path)
-    except ValueError as error:
-        return [f"warning: no DICOM SEG: {str(error).removeprefix(f'{path}: ')}"]
-    return []
-
-# %% ../../nbs/60_prediction.cases.ipynb #10b14906
 def _write_case(folder: Path, name: str, p: Prediction, options: CaseOptions) -> list[str]:
     "A case's files into `folder`; notes on what could not be written."
     write_like(p.ct, p.mask, folder / "mask.nii.gz")
     if options.save_probabilities:
         write_like(p.ct, p.probabilities, folder / "probabilities.nii.gz")
     save_figure(p.sheet(name), folder / "overlay.png")
-    return _write_seg(p, folder / "mask_seg.dcm") if options.dicom_seg else []
+    if options.dicom_seg:
+        from sahlora.ct.dicom import write_seg
+
+        try:
+            write_seg(p.ct, p.mask, path := folder / "mask_seg.dcm")
+        except ValueError as error:  # not DICOM, or a series that a SEG can not refer to
+            return [f"warning: no DICOM SEG: {str(error).removeprefix(f'{path}: ')}"]
+    return []
 
 # %% ../../nbs/60_prediction.cases.ipynb #91f47999
 @dataclass
@@ -331,12 +329,6 @@ def _run_case(run: _Run, name: str, source: Path) -> dict[str, Any]:
             "batch": p.batch, "use": CAUTION})
     return row
 
-# %% ../../nbs/60_prediction.cases.ipynb #22f80219
-def _finished(out: Path) -> dict[str, dict[str, Any]]:
-    "case.json of every case in `out`, by name. Raises: ValueError for one that is not ours."
-    folders = [path.parent for path in sorted(out.glob("*/case.json"))]
-    return {path.name: _read_case(path) for path in folders if not path.name.startswith(PART)}
-
 # %% ../../nbs/60_prediction.cases.ipynb #87c3f9d0
 def _failed(out: Path, overwrite: bool) -> dict[str, dict[str, Any]]:
     "Rows of cases.csv of scans that failed and are there. Raises: ValueError for tables that are not ours."
@@ -356,25 +348,12 @@ def _failed(out: Path, overwrite: bool) -> dict[str, dict[str, Any]]:
 
 # %% ../../nbs/60_prediction.cases.ipynb #905fb34b
 def _check_place(out: Path, path: Path, cases: Mapping[str, Path]) -> None:
-    "Raises: ValueError or OSError when results can not or must not go to `out`."
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: is a file; results need a folder (--out)")
-    real = out.resolve()
-    if real == path.resolve() or any(real.is_relative_to(case.resolve()) for case in cases.values() if case.is_dir()):
+    "Raises: ValueError when results must not go to `out`."
+    real, folders = out.resolve(), [case.resolve() for case in cases.values() if case.is_dir()]
+    if real == path.resolve() or any(real.is_relative_to(folder) for folder in folders):
         raise ValueError(f"{out}: holds the scans; take another folder for the results (--out)")
-    there = next(parent for parent in (real, *real.parents) if parent.exists())
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
 
 # %% ../../nbs/60_prediction.cases.ipynb #16d893b0
-def _content(path: Path) -> str | None:
-    "Hash of a scan; None for one that can not be read, which reading it will tell."
-    try:
-        return input_hash(path)
-    except OSError:
-        return None
-
-
 def keep_names(cases: Mapping[str, Path], rows: Mapping[str, Mapping[str, Any]],
                hashes: Mapping[str, str]) -> dict[str, Path]:
     "Scans by the names under which `rows` and `hashes` know them; others by names that are free."
@@ -392,6 +371,11 @@ def keep_names(cases: Mapping[str, Path], rows: Mapping[str, Mapping[str, Any]],
     taken = {name.casefold() for name in (*_OURS, *rows)}
     return named | {_free_name(name, taken): path for name, path in rest.items()}
 
+
+def _content(path: Path) -> str:
+    "Hash of a scan; empty for one that can not be read."
+    return input_hash(path) if os.access(path, os.R_OK) else ""
+
 # %% ../../nbs/60_prediction.cases.ipynb #8902ab09
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     "What differs between two settings, in words."
@@ -402,9 +386,9 @@ def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 # %% ../../nbs/60_prediction.cases.ipynb #dbc12919
 def _problem(run: _Run, name: str, record: Mapping[str, Any], source: Path | None) -> str:
     "Why a finished case is not what this run would make of the scan (None: no longer asked for); or empty."
-    if record["settings"] != run.settings:
+    if record["complete"] and record["settings"] != run.settings:
         return f"made with {_differences(record['settings'], run.settings)}"
-    if source is None:
+    if source is None or not record["complete"]:  # or killed while its files were replaced
         return ""
     if record["input"] != input_hash(source):
         was = record["row"]["source"]
@@ -418,36 +402,34 @@ def _problem(run: _Run, name: str, record: Mapping[str, Any], source: Path | Non
     return ""
 
 # %% ../../nbs/60_prediction.cases.ipynb #492ced48
-def _to_do(run: _Run, finished: Mapping[str, dict[str, Any]], cases: Mapping[str, Path],
-           overwrite: bool) -> dict[str, Path]:
-    "Cases that are not finished. Raises: ValueError for another run's or scan's, and what is not ours."
-    for folder in (run.out / name for name in cases if name not in finished):
-        if folder.exists():
-            raise ValueError(f"{folder}: is there already and is no finished case; remove it or take "
-                             "another --out")
-    todo = dict(cases)
+def _undone(run: _Run, finished: Mapping[str, dict[str, Any]], cases: Mapping[str, Path],
+            overwrite: bool) -> set[str]:
+    "Cases that are not whole. Raises: ValueError for another run's or scan's, and what is not ours."
+    undone = {*cases, *(name for name, record in finished.items() if not record["complete"])}
+    for name in undone - finished.keys():
+        if (run.out / name).exists():
+            raise ValueError(f"{run.out / name}: is there already and is no finished case; remove it or "
+                             "take another --out")
     for name, record in finished.items():
-        folder = run.out / name
-        if not record["complete"]:  # killed while its files were replaced
-            continue
-        problem = _problem(run, name, record, cases.get(name))
+        problem, folder = _problem(run, name, record, cases.get(name)), run.out / name
         if problem and not (overwrite and name in cases):
-            fix = "redo it with --overwrite, or take another --out" if name in cases else "take another --out"
-            raise ValueError(f"{folder}: {problem}; {fix}")
-        if not problem and all((folder / file).exists() for file in record["files"]):
-            todo.pop(name, None)
-    return todo
+            fix = "redo it with --overwrite, or take" if name in cases else "take"
+            raise ValueError(f"{folder}: {problem}; {fix} another --out")
+        if record["complete"] and not problem and all((folder / file).exists() for file in record["files"]):
+            undone.discard(name)
+    return undone
 
 # %% ../../nbs/60_prediction.cases.ipynb #0b33d304
-def _begin(run: _Run, cases: Mapping[str, Path], overwrite: bool) -> tuple[dict[str, Path], dict[str, Path]]:
-    "All cases and those to do, by their names in `out`; the others' rows go into the run."
-    finished, failed = _finished(run.out), _failed(run.out, overwrite)
-    rows = failed | {name: case["row"] for name, case in finished.items()}
+def _begin(run: _Run, cases: Mapping[str, Path], overwrite: bool) -> tuple[int, dict[str, Path]]:
+    "How many cases are done, and those to do, by their names in `out`; rows of the former go into the run."
+    folders = [path.parent for path in sorted(run.out.glob("*/case.json"))]
+    finished = {path.name: _read_case(path) for path in folders if not path.name.startswith(PART)}
+    rows = _failed(run.out, overwrite) | {name: case["row"] for name, case in finished.items()}
     cases = keep_names(cases, rows, {name: case["input"] for name, case in finished.items()})
-    todo = _to_do(run, finished, cases, overwrite)
-    half = {name for name, case in finished.items() if not case["complete"]}
-    run.rows = {name: row for name, row in rows.items() if name not in {*todo, *half}}
-    return cases, todo
+    undone = _undone(run, finished, cases, overwrite)
+    run.rows = {name: row for name, row in rows.items() if name not in undone}
+    todo = {name: path for name, path in cases.items() if name in undone}
+    return len(cases) - len(todo), todo
 
 # %% ../../nbs/60_prediction.cases.ipynb #604934ed
 @dataclass(frozen=True, eq=False)
@@ -510,22 +492,20 @@ def _save(run: _Run, record: Mapping[str, Any]) -> None:
     write_csv(run.out / "cases.csv", _table(run.rows))
 
 
-def _no_room(run: _Run, error: OSError, todo: Mapping[str, Path]) -> OSError:
-    "An error that says what the cases that are left need."
-    left, words = sum(name not in run.rows for name in todo), OSError(error.errno, "", str(run.out))
-    return OSError(f"{plain_words(words)}. {left} of {len(todo)} cases are left, each of up to "
-                   f"{run.room / 1e6:.0f} MB; those that are done are kept")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no other case could be written either
 
-# %% ../../nbs/60_prediction.cases.ipynb #888e5b1e
+
 def _run_all(run: _Run, todo: Mapping[str, Path], record: Mapping[str, Any]) -> None:
-    "Predict case after case; the tables grow. Raises: for a full disk, or the error of a case that is alone."
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-    for name, source in tqdm(todo.items(), "cases", disable=run.alone or not run.progress):
+    "Predict case after case; the tables grow. Raises: for a full disk, or the error of a case alone."
+    bar = tqdm(todo.items(), "cases", disable=run.alone or not run.progress, unit="case")
+    for count, (name, source) in enumerate(bar):
         try:
             run.rows[name] = _run_case(run, name, source)
         except (ValueError, OSError, MemoryError) as error:
-            if isinstance(error, OSError) and error.errno in full:
-                raise _no_room(run, error, todo) from error
+            if isinstance(error, OSError) and error.errno in _FULL:
+                words = plain_words(OSError(error.errno, "", str(run.out)))
+                raise OSError(f"{words}. {len(todo) - count} of {len(todo)} cases are left, each of up to "
+                              f"{run.room / 1e6:.0f} MB; those that are done are kept") from error
             if run.alone:
                 raise
             run.rows[name] = failed_row(name, source, error)
@@ -548,16 +528,14 @@ def _record(run: _Run, header: Mapping[str, Any], files: Mapping[str, Path | Non
     }
 
 # %% ../../nbs/60_prediction.cases.ipynb #80abfdf6
-def _carry_out(run: _Run, cases: Mapping[str, Path], todo: Mapping[str, Path],
-               record: dict[str, Any]) -> CaseRun:
+def _carry_out(run: _Run, skipped: int, todo: Mapping[str, Path], record: dict[str, Any]) -> CaseRun:
     "Everything that writes: the cases in `todo`, cases.csv, run.json (complete only at the end)."
     started = time.perf_counter()
-    if todo and not run.alone:
-        write_json(run.out / "run.json", {**record, "complete": False})
+    if not (todo and run.alone):
+        _save(run, record)
     _run_all(run, todo, record)
-    _save(run, record)
     failed = sum(run.rows[name]["status"] == "failed" for name in todo)
-    result = CaseRun(_table(run.rows), run.out, len(todo) - failed, len(cases) - len(todo), failed)
+    result = CaseRun(_table(run.rows), run.out, len(todo) - failed, skipped, failed)
     counts = {"done": result.done, "skipped": result.skipped, "failed": result.failed}
     record |= {"counts": counts, "errors": result.errors, "table": file_hash(run.out / "cases.csv")}
     seconds = time.perf_counter() - started
@@ -586,5 +564,4 @@ def predict_cases(path: str | Path, model: str | Path, out: str | Path, *,
     record = _record(run, header, {"scans": path, "model": model, "adapter": adapter})
     _check_place(out, path, cases)
     with sole_writer(out):
-        cases, todo = _begin(run, cases, overwrite)
-        return _carry_out(run, cases, todo, record)
+        return _carry_out(run, *_begin(run, cases, overwrite), record)

@@ -18,7 +18,7 @@ from scipy import ndimage
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d, max_pool2d
 
 from ..ct import HeadCT
-from ..display import png_bytes
+from ..display import html_text, plain_text, png_bytes
 from ..figures import PREDICTION
 
 # %% ../../nbs/60_prediction.sheet.ipynb #537bc202
@@ -87,7 +87,7 @@ def overlay_sheet(ct: HeadCT, mask: np.ndarray, title: str = "", *, most: int = 
         ax.text(i % columns * w + 4, i // columns * h + 2, text, color="0.85", fontsize=6, va="top")
     for x, side in ((3, "R"), (w - 9, "L")):
         ax.text(x, h / 2, side, color="0.85", fontsize=6, va="center")
-    fig.text(4 / wide, 1 - 6 / (height + head + foot), title, va="top", fontsize=8)
+    fig.text(4 / wide, 1 - 6 / (height + head + foot), plain_text(title, wide // 7), va="top", fontsize=8, parse_math=False)
     fig.text(1 - 4 / wide, 4 / (height + head + foot), note, ha="right", fontsize=7, color="0.35")
     return fig
 
@@ -97,4 +97,4 @@ def figure_html(fig: Figure, alt: str = "slices with the mask") -> str:
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png")
     picture = np.asarray(Image.open(buffer).convert("RGB"))
-    return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(png_bytes(picture, colors=128)).decode()}">'
+    return f'<img alt="{html_text(alt)}" src="data:image/png;base64,{base64.b64encode(png_bytes(picture, colors=128)).decode()}">'
