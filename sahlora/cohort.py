@@ -385,13 +385,19 @@ def describe_cohort(cohort: Cohort) -> dict[str, Any]:
 
 # %% ../nbs/12_cohort.ipynb #6acdc7b5
 def scan_size(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    "Voxels and mm along right-left, front-back and up, from a file's header. Raises: ValueError when it has none."
+    """Voxels and mm along right-left, front-back and up, from a file's header; tilted slices: mm from one to the next.
+
+    Raises: ValueError when it has none.
+    """
     try:
         image = nib.load(path)
     except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError) as error:
         raise ValueError(f"{path}: not NIfTI ({error}); copy it again") from error
     order = nib.io_orientation(image.affine)[:, 0].argsort()
-    return np.array(image.shape)[order], nib.affines.voxel_sizes(image.affine)[order]
+    axes = image.affine[:3, :3][:, order]
+    mm = np.linalg.norm(axes, axis=0)
+    mm[2] = abs(np.linalg.det(axes)) / np.linalg.norm(np.cross(axes[:, 0], axes[:, 1]))
+    return np.array(image.shape)[order], mm
 
 
 def _span(values: Iterable[float]) -> str:

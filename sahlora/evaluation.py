@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TIE_MM', 'MIN_LESION_ML', 'MIN_LESION_VOXELS', 'SCORES', 'VOLUMES', 'check_volumes', 'empty_side', 'dice', 'surface',
-           'place_mm', 'bounding_box', 'surface_distances', 'voxel_edges', 'surface_tolerance', 'surface_dice',
-           'hausdorff', 'surface_scores', 'find_lesions', 'lesion_counts', 'f1', 'slice_counts', 'share',
-           'detection_scores', 'voxel_ml_by_slice', 'volumes', 'score_patient', 'surface_heading', 'summarize',
+           'place_mm', 'bounding_box', 'surface_distances', 'voxel_edges', 'upright', 'surface_tolerance',
+           'surface_dice', 'hausdorff', 'surface_scores', 'find_lesions', 'lesion_counts', 'f1', 'slice_counts',
+           'share', 'detection_scores', 'voxel_ml_by_slice', 'volumes', 'score_patient', 'surface_heading', 'summarize',
            'summarize_run', 'by_bin', 'BINS', 'volume_bin']
 
 # %% ../nbs/50_evaluation.ipynb #04e306cc
@@ -112,12 +112,26 @@ TIE_MM = 1e-4  # float32 affines: a distance of exactly the tolerance must not h
 
 
 def voxel_edges(ct: HeadCT | None) -> tuple[float, float, float] | None:
-    "Edges in mm of a scan's voxels; None where they are no boxes of one size: spacing unknown, one slice, uneven slices, tilt."
+    "mm between pixels and between slices of a scan; None where no grid has them: spacing unknown, one slice, uneven slices."
     if ct is None or ct.hu.shape[2] < 2 or len(ct.stacks) > 1:
         return None
-    directions = ct.affine[:3, :3] / np.linalg.norm(ct.affine[:3, :3], axis=0)
-    slant = np.abs(directions.T @ directions - np.eye(3)).max()
-    return None if slant > math.sin(math.radians(0.5)) else ct.spacing
+    across, back = (ct.affine[:3, axis] / ct.spacing[axis] for axis in (0, 1))
+    if abs(across @ back) > math.sin(math.radians(0.5)):
+        return None
+    return ct.spacing[0], ct.spacing[1], float(np.diff(ct.positions).mean())
+
+
+def upright(mask: np.ndarray, ct: HeadCT) -> np.ndarray:
+    "A mask (X, Y, Z) of a tilted scan, its slices shifted to the nearest pixel so that they lie above each other."
+    shift = (ct.corners - ct.corners[0]) @ (ct.affine[:3, :2] / np.square(ct.spacing[:2]))
+    pixels = np.rint(shift).astype(int)
+    pixels -= pixels.min(0)
+    width, height, count = mask.shape
+    across, back = pixels.max(0)
+    room = np.zeros((width + across, height + back, count), bool)
+    for z, (i, j) in enumerate(pixels):
+        room[i : i + width, j : j + height, z] = mask[..., z]
+    return room
 
 # %% ../nbs/50_evaluation.ipynb #c23cfe0b
 def surface_tolerance(edges_mm: Iterable[float], stated: float | None = None, name: str = "the cohort") -> float | None:
@@ -125,10 +139,12 @@ def surface_tolerance(edges_mm: Iterable[float], stated: float | None = None, na
 
     None where no edge is known and none is stated. Raises: ValueError where `stated` is below an edge.
     """
-    longest = max(edges_mm, default=None)
-    least = None if longest is None else math.ceil(10 * (longest - TIE_MM)) / 10
-    if least is None or stated is None:
-        return least if stated is None else stated
+    if not (edges := list(edges_mm)):
+        return stated
+    longest = max(edges)
+    least = math.ceil(10 * (longest - TIE_MM)) / 10
+    if stated is None:
+        return least
     if not stated >= longest - TIE_MM:
         raise ValueError(f"{name}: the surface tolerance of {stated:g} mm is below the longest voxel edge, {longest:g} mm; "
                          f"state {least:g} mm or more")
@@ -168,9 +184,10 @@ def surface_scores(hard: np.ndarray, t: np.ndarray, ct: HeadCT | None, tolerance
     scores = dict.fromkeys(("nsd", "tolerance_mm", "hd95_mm"), math.nan)
     if ct is not None:
         scores["hd95_mm"] = hausdorff(*surface_distances(hard, t, ct))
-    if edges := voxel_edges(ct):
-        scores["tolerance_mm"] = tolerance = surface_tolerance([max(edges)], tolerance_mm, ct.source or "this scan")
-        scores["nsd"] = surface_dice(hard, t, edges, tolerance)
+    if ct is not None and (edges := voxel_edges(ct)):
+        tolerance = float(surface_tolerance([max(edges)], tolerance_mm, ct.source or "this scan") or 0)
+        nsd = surface_dice(upright(hard, ct), upright(t, ct), edges, tolerance)
+        scores |= {"nsd": nsd, "tolerance_mm": tolerance}
     return scores
 
 # %% ../nbs/50_evaluation.ipynb #2f6860ce

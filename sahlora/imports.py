@@ -132,14 +132,15 @@ def _ct_ich_case(brain: Path, name: str, site: str, size: int | None, spacing: S
                 "unknown" if spacing is None else "known")
 
 
-def import_ct_ich(source: str | Path, folder: str | Path, patients: Sequence[str], size: int = 160) -> Cohort:
+def import_ct_ich(source: str | Path, folder: str | Path, patients: Sequence[str], size: int = 160,
+                  overwrite: bool = False) -> Cohort:
     """Write `patients` of CT-ICH (PhysioNet 1.0.0, JPEG) as a cohort of `size` x `size` pixels, spacing unknown.
 
     Raises: FileNotFoundError that says what to download and where to put it; ValueError for a damaged picture.
     """
     brains = {patient: Path(source) / "Patients_CT" / patient / "brain" for patient in patients}
     return write_cohort(folder, [_ct_ich_case(brain, f"ct-ich-{patient}", "ct-ich", size)
-                                 for patient, brain in brains.items()])
+                                 for patient, brain in brains.items()], overwrite)
 
 # %% ../nbs/15_imports.ipynb #f8e89acb
 def _read_slices(found: Found, request: Request) -> tuple[Case, list[str]]:

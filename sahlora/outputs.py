@@ -210,7 +210,8 @@ def output_folder(folder: str | Path, command: str, facts: Mapping[str, Any], fi
     """
     folder = Path(folder)
     facts = json.loads(json.dumps({**facts, "sahlora": package_version("sahlora")}))
-    record = {"command": command, "facts": facts, "files": dict.fromkeys(files), "complete": False}
+    names = list(files)
+    record: dict[str, Any] = {"command": command, "facts": facts, "files": dict.fromkeys(names), "complete": False}
     with sole_writer(folder):
         old = read_record(folder)
         _make_room(folder, old, record, overwrite)
@@ -220,4 +221,4 @@ def output_folder(folder: str | Path, command: str, facts: Mapping[str, Any], fi
             return
         write_json(folder / RECORD, record)
         yield False
-        write_json(folder / RECORD, {**record, "files": _sums(folder, record["files"]), "complete": True})
+        write_json(folder / RECORD, {**record, "files": _sums(folder, names), "complete": True})

@@ -17,10 +17,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from .display import markdown_text, plain_text, table_markdown
 from .figures import (amounts, cohort_sheet, dice_by_parameters, dice_by_strategy, dice_by_volume, learning_curves, ledger, overlays,
                              save_figure, study_overview, volume_agreement)
-from .files import atomic_path, read_json
-from .results import read_results, strategy_name, tested_rows
+from .files import atomic_path, file_hash, read_json
+from .results import read_results, strategy_name, study_output, tested_rows
 from .study import project_path
 from .tables import is_compared, patient_frame, strategy_names
 from .unet import build_network, draw_network
@@ -117,20 +118,30 @@ def figure_makers(results: Mapping[str, Any], histories: pd.DataFrame,
     return makers
 
 # %% ../nbs/71_report.ipynb #4bd09c5d
-def draw_figures(folder: str | Path, out: str | Path) -> list[Path]:
-    "Draw every figure of the report in `folder` into `out`, as SVG and PNG; one that has no data any more is removed."
-    makers, out = figure_makers(*read_results(folder)), Path(out)
-    for old in (*out.glob("*.svg"), *out.glob("*.png")):
-        if old.stem not in makers:
-            old.unlink()
-    return [save_figure(make(), out / f"{name}.svg") for name, make in makers.items()]
+def draw_figures(folder: str | Path, out: str | Path, overwrite: bool = False) -> list[Path]:
+    """Draw every figure of the report in `folder` into `out`, as SVG and PNG; their paths.
+
+    Earlier figures of the same study are replaced, those of another one with `overwrite`, and other files are never touched.
+    Raises: what `output_folder` raises.
+    """
+    folder, out = Path(folder), Path(out)
+    results, histories, pictures = read_results(folder)
+    makers = figure_makers(results, histories, pictures)
+    drawn_from = [file_hash(folder / name) for name in ("results.json", "histories.csv", "pictures.safetensors")]
+    files = [f"{name}.{kind}" for name in makers for kind in ("svg", "png")]
+    with study_output(out, "figures", results["study"]["study"], drawn_from, files, overwrite) as done:
+        for name, make in () if done else makers.items():
+            save_figure(make(), out / f"{name}.svg")
+    return [out / f"{name}.svg" for name in makers]
 
 
 def captions(results: Mapping[str, Any]) -> dict[str, str]:
     "What each figure shows, and by which rule it was chosen."
     shown, note = results["shown"], " Synthetic, no clinical claim." if results["study"]["synthetic"] else ""
+    revised = {claim["reason"] for claim in results["claims"] if claim["verdict"] == "under revision"}
+    why = "".join(f" Under revision: {reason}." for reason in revised)
     words = {
-        "overview": "The study: what was trained on what, how it was tested, and what came of the claims.",
+        "overview": "The study: what was trained on what, how it was tested, and what came of the claims." + why,
         "cohorts": "The first scans of source and target, each at the slice with most blood, HU 0 to 80, annotation outlined.",
         "curves": "Training loss of pre-training and of every strategy that trains, its folds and seeds together.",
         "dice": "Soft Dice of every patient, mean over seeds, by strategy, and the mean over patients with its 95 % interval.",
@@ -142,7 +153,7 @@ def captions(results: Mapping[str, Any]) -> dict[str, str]:
         "overlays": f"CT, annotation and prediction at probability 0.5, of {shown['strategies_rule']}: {shown['patients_rule']}, each at"
                     " the slice with most annotated blood.",
         "ledger": f"The claims: effect with its 95 % interval (of equivalence, claim 4, at {100 * (1 - 2 * results['plan']['alpha']):.0f} %), and verdict."
-                  " A dotted line is the margin of what is comparable."}
+                  f" A dotted line is the margin of what is comparable.{why}"}
     return {"network": "The network, drawn from its own modules."} | {name: text + note for name, text in words.items()}
 
 # %% ../nbs/71_report.ipynb #cd64066d
@@ -150,18 +161,19 @@ def show_figure(folder: str | Path, name: str) -> None:
     "Display a figure of the report in `folder`, with its caption; nothing where the study has no data for it."
     from IPython.display import SVG, Markdown, display
 
+    results: Any = read_json(Path(folder) / "results.json")
     if (path := Path(folder) / f"figures/{name}.svg").is_file():
-        display(SVG(filename=str(path)), Markdown(f"*{captions(read_json(Path(folder) / 'results.json'))[name]}*"))
+        display(SVG(filename=str(path)), Markdown(f"*{markdown_text(captions(results)[name])}*"))
 
 
 def markdown_table(table: pd.DataFrame, otherwise: str = "") -> None:
     "Display a table of texts, or a sentence where it has no rows."
     from IPython.display import Markdown, display
 
-    display(Markdown(table.to_markdown(index=False, disable_numparse=True) if len(table) else otherwise))
+    display(Markdown(table_markdown(table, index=False, disable_numparse=True) if len(table) else otherwise))
 
 # %% ../nbs/71_report.ipynb #3e5d1058
-_CSS = """body{max-width:60rem;margin:2rem auto;padding:0 1rem;font:16px/1.5 system-ui,sans-serif;color:#1a1a1a}
+_CSS = """body{max-width:60rem;margin:2rem auto;padding:0 1rem;font:16px/1.5 system-ui,sans-serif;color:#1a1a1a;overflow-wrap:break-word}
 h1{line-height:1.2}h1,h2{border-bottom:1px solid #ddd;padding-bottom:.3rem}h2{margin-top:2.2rem}
 table{border-collapse:collapse;margin:1rem 0;font-size:.85rem;display:block;overflow-x:auto}
 td,th{border-bottom:1px solid #ddd;padding:.25rem .6rem;text-align:left;vertical-align:top}
@@ -173,6 +185,13 @@ pre{background:#f6f6f6;padding:.6rem;overflow-x:auto;font-size:.85rem}math{font-
 h2,h3{break-after:avoid}tr,img,svg{break-inside:avoid}img,svg{zoom:1}nav#TOC{background:none}a{color:inherit;text-decoration:none}}"""
 
 # %% ../nbs/71_report.ipynb #e18bc28c
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+_FILTER = """function RawInline(el) return pandoc.Str(el.text) end
+function RawBlock(el) return pandoc.Para{pandoc.Str(el.text)} end
+function Image(el) if el.src:find(":") then return el.caption end end
+"""
+
+
 def render_html(notebook: str | Path, out: str | Path, title: str) -> None:
     "A self-contained HTML page of an executed notebook's prose and outputs. Raises: RuntimeError of pandoc."
     import nbformat
@@ -180,16 +199,20 @@ def render_html(notebook: str | Path, out: str | Path, title: str) -> None:
     from nbconvert import MarkdownExporter
     from traitlets.config import Config
 
-    order = ["text/markdown", "image/svg+xml", "image/png", "text/html", "text/plain"]
+    order = ["text/markdown", "image/svg+xml", "image/png", "text/plain"]
     exporter = MarkdownExporter(config=Config(NbConvertBase={"display_data_priority": order}), exclude_input=True)
     text, resources = exporter.from_notebook_node(_for_readers(nbformat.read(notebook, as_version=4)))
     with tempfile.TemporaryDirectory() as folder, atomic_path(out) as temporary:
         for name, content in resources["outputs"].items():
             (Path(folder) / name).write_bytes(content)
         (Path(folder) / "style.css").write_text(_CSS)
+        (Path(folder) / "filter.lua").write_text(_FILTER)
         pypandoc.convert_text(text, "html5", format="gfm+tex_math_dollars", outputfile=str(temporary), extra_args=[
             "--standalone", "--wrap=none", "--embed-resources", "--mathml", "--toc", "--toc-depth=2",
-            f"--resource-path={folder}", f"--css={folder}/style.css", f"--metadata=pagetitle={title}", "--metadata=lang=en"])
+            f"--resource-path={folder}", f"--css={folder}/style.css", f"--lua-filter={folder}/filter.lua",
+            f"--metadata=pagetitle={plain_text(title)}", "--metadata=lang=en"])
+        policy = f'<head>\n  <meta http-equiv="Content-Security-Policy" content="{_POLICY}" />'
+        temporary.write_text(temporary.read_text(encoding="utf-8").replace("<head>", policy, 1), encoding="utf-8")
 
 
 def _for_readers(nb: Any) -> Any:

@@ -7,14 +7,15 @@ __all__ = ['POINTS', 'REPORT', 'notebook_error', 'base_folder', 'run_error', 'so
            'patient_rows', 'tested_rows', 'bin_rows', 'agreement_rows', 'amount_rows', 'summary_rows', 'network_rows',
            'comparison_rows', 'power_facts', 'conclude', 'choose_shown', 'commit_of', 'describe_provenance',
            'study_cohort', 'published', 'collect', 'describe_cost', 'thin_history', 'gather_histories',
-           'gather_pictures', 'write_results', 'read_results']
+           'gather_pictures', 'study_output', 'write_results', 'read_results']
 
 # %% ../nbs/71_results.ipynb #32a6bbe3
 import math
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -354,6 +355,13 @@ def gather_pictures(study: Study, results: Mapping[str, Any], folder: str | Path
     return {name: np.round(planes * 255).astype(np.uint8) for name, planes in pictures.items()}
 
 # %% ../nbs/71_results.ipynb #94fe5998
+def study_output(out: str | Path, command: str, study: str, content: object, files: Iterable[str],
+                 overwrite: bool = False) -> AbstractContextManager[bool]:
+    "As `output_folder`, for what `content` (JSON) of a study's results decides; what the same study left there is replaced."
+    mine = (read_record(out) or {"facts": {}})["facts"].get("study") == study
+    return output_folder(out, command, {"study": study, "content": object_hash(content)}, files, overwrite or mine)
+
+
 REPORT = ("results.json", "patients.csv", "histories.csv", "pictures.safetensors", "cost.json", "cost.md")
 
 
@@ -363,9 +371,7 @@ def write_results(study: Study, folder: str | Path, out: str | Path, overwrite: 
     Raises: FileNotFoundError when no run is done; ValueError for files of no run of the study; what `output_folder` raises.
     """
     results, cost = collect(study, folder)
-    facts = {"study": study.study, "results": object_hash(results), "cost": object_hash(cost)}
-    mine = (read_record(out) or {"facts": {}})["facts"].get("study") == study.study
-    with output_folder(out, "report", facts, REPORT, overwrite or mine) as done:
+    with study_output(out, "report", study.study, [results, cost], REPORT, overwrite) as done:
         if not done:
             _write_report(study, folder, Path(out), results, cost)
     return results

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .card import SYNTHETIC, model_card, scores_beside, weight_facts
+from .card import SYNTHETIC, model_card, score_headings, scores_beside, weight_facts
 from .files import atomic_path, file_hash, object_hash, package_version
 from .models import NETWORK, WEIGHTS, find_weights
 from .outputs import output_folder
@@ -215,8 +215,8 @@ def export_bundle(out: str | Path, model: str | Path = NETWORK, adapter: str | P
 # %% ../nbs/62_sharing.ipynb #4e7d59f9
 def shipped_card(folder: Path = WEIGHTS) -> str:
     "The model card of a folder with what `make_models` writes, by default the shipped one; Markdown."
-    columns = {"dice_soft": "soft Dice", "dice_hard": "Dice", "nsd_2mm": "surface Dice, 2 mm", "hd95_mm": "HD95 in mm"}
     scores = pd.read_csv(folder / "patients.csv")
+    columns = score_headings(scores)
     facts, means = weight_facts(folder / f"{NETWORK}.safetensors"), scores.groupby("method", sort=False)[[*columns]].mean()
     table = means.rename(columns=columns).rename_axis("adapter").to_markdown(floatfmt=".2f")
     more = (f"## With an adapter\n\nMean over the same {scores.patient.nunique()} patients, of a cohort that neither network nor "

@@ -385,8 +385,8 @@ def describe_study(study: Study) -> str:
              "runs": f"{len(expand_runs(study))}, of {count} fold{'s' * (count > 1)} each", "time": _hours_words(study)}
     head = ["method", "ranks", "regions", "patients", "learning rate", "runs"]
     tables = [["", ""], *facts.items()], [head, *(_row_words(study, row) for row in study.runs)]
-    tables = [[[markdown_text(cell) if cell else "" for cell in row] for row in rows] for rows in tables]
-    lines = ["\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])) for rows in tables]
+    safe = [[[markdown_text(cell) if cell else "" for cell in row] for row in rows] for rows in tables]
+    lines = ["\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])) for rows in safe]
     return "\n\n".join([f"**{study.study}**: {markdown_text(study.title)}", f"*{markdown_text(study.note.strip())}*", *lines])
 
 # %% ../nbs/42_study.ipynb #545a4d43

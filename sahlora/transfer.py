@@ -207,11 +207,13 @@ def load_run(folder: str | Path) -> tuple[dict[str, Any], pd.DataFrame, pd.DataF
     """
     folder = Path(folder)
     run = read_json(folder / "run.json")
+    facts: dict[str, Any] = {}
     for name in ("run.json", "patients.csv", "history.csv"):
         if (record := check_recorded(folder / name)) is None:
             raise ValueError(f"{folder}: {name} stands in no {RECORD}: it is of version 0.1.0, or of no run; run it again into "
                              "another folder")
-    if lines := differences(record["facts"], {**record["facts"], **{key: run.get(key) for key in ("strategy", "split", "base")}}):
+        facts = record["facts"]
+    if lines := differences(facts, {**facts, **{key: run.get(key) for key in ("strategy", "split", "base")}}):
         raise ValueError(f"{folder}: run.json is another run's: {'; '.join(lines)}; run it again")
     patients = pd.read_csv(folder / "patients.csv", dtype={"patient": str, "region": str}, keep_default_na=False,
                            na_values=[""])

@@ -265,11 +265,25 @@ def test_voxels_that_are_no_boxes_of_one_size_have_no_surface_dice():
     z = [0, 2.5, 5, 7.5, 12.5, 17.5, 22.5]
     sheared = np.eye(4)
     sheared[0, 1] = 0.1
-    for ct in (scan(shape, (0.5, 0.5, 5), (0, 1.8)), uneven(shape, z), HeadCT(np.zeros(shape, np.float32), sheared)):
+    for ct in (uneven(shape, z), HeadCT(np.zeros(shape, np.float32), sheared)):
         scores = score_patient(1.0 * a, b, ct, 1.0)  # nor is a tolerance measured by them
         assert voxel_edges(ct) is None and math.isnan(scores["nsd"]) and math.isnan(scores["tolerance_mm"]) and scores["hd95_mm"] >= 0
     nearly = scan(shape, (0.5, 0.5, 5), (0, 0.02))  # a quarter of a degree
     assert max(voxel_edges(nearly)) == pytest.approx(5, rel=1e-4) and score_patient(1.0 * a, b, nearly)["nsd"] > 0
+
+
+@pytest.mark.parametrize("pixels", [1, -2])
+def test_a_tilted_scan_has_the_surface_dice_of_the_same_bleed_without_tilt(pixels):
+    "The gantry shifts each slice by whole pixels against the one below; the anatomy stays where it is."
+    shape, spacing = (12, 30, 6), (0.9, 0.9, 4.0)
+    a, b = (np.pad(mask, ((0, 0), (10, 10), (0, 0))) for mask in masks((12, 10, 6), 3))
+    tilted = [np.stack([np.roll(mask[..., k], -pixels * k, axis=1) for k in range(6)], -1) for mask in (a, b)]
+    affine = np.diag([*spacing, 1.0])
+    affine[1, 2] = pixels * spacing[1]
+    straight, slanted = (HeadCT(np.zeros(shape, np.float32), one) for one in (np.diag([*spacing, 1.0]), affine))
+    wanted, found = score_patient(1.0 * a, b, straight), score_patient(1.0 * tilted[0], tilted[1], slanted)
+    assert abs(slanted.tilt) > 10 and found["tolerance_mm"] == wanted["tolerance_mm"] == 4
+    assert found["nsd"] == pytest.approx(wanted["nsd"], abs=1e-9) and 0 < wanted["nsd"]
 
 
 @given(st.integers(0, 10**6))

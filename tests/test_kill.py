@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from sahlora.batch import MARK, end_leftovers, leftovers, make_batch, pending
-from sahlora.locks import lock_path, owner, sole_writer
+from sahlora.outputs import LOCK, owner
 
 TINY = {"source": {"cases": 3, "grid": [32, 48]}, "target": {"cases": 3, "grid": [32, 48]}, "networks": {},
         "pretrain": {"steps": 120, "batch_size": 4}, "finetune": {"steps": 40, "batch_size": 4},
@@ -85,12 +85,12 @@ def test_killed_in_training_and_scoring_and_run_again(whole, tmp_path):
     study, wanted = whole
     folder = tmp_path / "smoke"
     process = start(study, tmp_path)
-    wait_for(lambda: lock_path(folder / "pretrain").exists(), process)
+    wait_for(lambda: (folder / "pretrain" / LOCK).exists(), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
     process = start(study, tmp_path)
-    wait_for(lambda: lock_path(folder / "finetune/cp-lora-r8-decoding-s0").exists(), process)
+    wait_for(lambda: (folder / "finetune/cp-lora-r8-decoding-s0" / LOCK).exists(), process)
     process.kill()
     process.wait()
     orphans = leftovers(folder)
@@ -175,13 +175,13 @@ def test_nothing_is_reported_when_nothing_is_whole(project, tmp_path):
 
 
 WRITER = """import sys, time
-from sahlora.locks import sole_writer
+from sahlora.outputs import sole_writer
 with sole_writer(sys.argv[1]):
     print("in", flush=True)
     time.sleep(float(sys.argv[2]))
 """
 COUNTER = """import pathlib, random, sys, time
-from sahlora.locks import sole_writer
+from sahlora.outputs import sole_writer
 file = pathlib.Path(sys.argv[1], "count")
 for _ in range(30):
     with sole_writer(sys.argv[1]):
@@ -219,15 +219,6 @@ def test_many_writers_are_never_two_at_once(tmp_path):
         victim.wait()
     assert [one.wait(60) for one in counters] == [0] * 4
     assert (tmp_path / "run/count").read_text() == "120"
-
-
-def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
-    def refuse(*_):
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr("sahlora.locks.fcntl.flock", refuse)
-    with sole_writer(tmp_path / "run"):
-        assert "start nothing twice here" in capsys.readouterr().out
 
 
 def test_only_this_study_is_ended(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from sahlora import report, results, tables
+from sahlora.files import file_hash
 from sahlora.folds import kfold
 from sahlora.study import Study, expand_runs, make_cohort, network_of, read_study, strategy_of
 from sahlora.training import pretrain
@@ -25,7 +26,8 @@ UNET = {"network": {"name": "unet", "levels": 2, "width": 4}, "pretrain": {"step
 def study(project):
     content = read_study(project / "paper/studies/smoke.yaml").model_dump()
     small = {role: {**content[role], "cases": 6, "grid": [24, 32]} for role in ("source", "target")}
-    return Study.model_validate({**content, **small, "networks": {"unet": UNET}, "seeds": [0, 1], "runs": ROWS})
+    short = {**content["finetune"], "steps": 2, "batch_size": 2}
+    return Study.model_validate({**content, **small, "finetune": short, "networks": {"unet": UNET}, "seeds": [0, 1], "runs": ROWS})
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +40,8 @@ def runs(study, tmp_path_factory):
             how = {"steps": 3, "batch_size": 4, "learning_rate": 3e-3, "seed": 0}
             pretrain(source, results.base_folder(folder, name), network_of(study, name), how, quiet=True)
         for run in expand_runs(study):
-            short = strategy_of({**run, "steps": 2, "batch_size": 2})
             base = results.base_folder(folder, run["network"]) / "model.safetensors"
-            cross_validate(base, target, short, kfold(target.patients, 2), folder / "finetune" / run["id"], study="tiny", quiet=True)
+            cross_validate(base, target, strategy_of(run), kfold(target.patients, 2), folder / "finetune" / run["id"], study="tiny", quiet=True)
     return folder
 
 
@@ -60,9 +61,12 @@ def with_rows(study, **changes):
 
 
 def rewrite(folder, change):
-    "Change patients.csv of every run."
+    "Change patients.csv of every run, as if the runs had written it so."
     for path in (folder / "finetune").glob("*/patients.csv"):
         change(pd.read_csv(path, keep_default_na=False, na_values=[""])).to_csv(path, index=False)
+        record = json.loads((path.parent / "record.json").read_text())
+        record["files"]["patients.csv"] = file_hash(path)
+        (path.parent / "record.json").write_text(json.dumps(record))
 
 
 # ---- the schema, and numbers checked by hand
@@ -223,6 +227,36 @@ def test_without_any_run_there_is_no_report(study, copied):
         results.collect(study, copied)
 
 
+def test_a_run_of_another_study_is_named_and_not_used(study, copied):
+    "A folder is believed for what its run.json says it ran, not for its name."
+    shutil.rmtree(copied / "finetune/cp-lora-r8-decoding-s0")
+    shutil.copytree(copied / "finetune/cp-lora-r2-decoding-s0", copied / "finetune/cp-lora-r8-decoding-s0")
+    found, _ = results.collect(study, copied)
+    (failed,) = found["failed"]
+    assert failed["id"] == "cp-lora-r8-decoding-s0" and "another run's" in failed["error"] and "rank was 2, is 8" in failed["error"]
+    assert len(found["runs"]) == 9 and "rank was 2, is 8" in " ".join(tables.gap_lines(found))
+
+
+def test_runs_on_another_base_are_not_used(study, copied):
+    shutil.copy(copied / "pretrain-unet/model.safetensors", copied / "pretrain/model.safetensors")
+    found, _ = results.collect(study, copied)
+    assert len(found["runs"]) == 1 and len(found["failed"]) == 9 and all("base was" in one["error"] for one in found["failed"])
+
+
+def test_a_study_whose_options_changed_has_no_runs(study, runs):
+    changed = with_rows(study, finetune={**study.finetune.model_dump(), "steps": 3})
+    with pytest.raises(FileNotFoundError, match="not one run of smoke is complete.*10 failed.*steps was 2, is 3.*run it again"):
+        results.collect(changed, runs)
+
+
+@pytest.mark.parametrize("name", ["patients.csv", "history.csv", "run.json"])
+def test_files_that_the_run_did_not_write_are_refused(study, copied, name):
+    path = copied / "finetune/cp-lora-r8-decoding-s0" / name
+    path.write_text(path.read_text().rstrip("\n") + "\n\n")
+    with pytest.raises(ValueError, match=f"{name}: is not the file that record.json beside it names"):
+        results.collect(study, copied)
+
+
 def test_one_seed_has_no_spread(study, runs):
     found, _ = results.collect(with_rows(study, seeds=[0], runs=ROWS[:3]), runs)
     assert all(row["seeds"] == 1 and row["sd_seeds"] is None for row in found["seeds"])
@@ -244,12 +278,14 @@ ALWAYS = {"overview", "network", "cohorts", "curves", "dice", "overlays"}
 
 
 def test_without_spacing_no_volume_is_known(study, copied, tmp_path):
-    rewrite(copied, lambda rows: rows.assign(volume_ml=math.nan, predicted_ml=math.nan, volume_bin="unknown", hd95_mm=math.nan))
+    mm = dict.fromkeys(("nsd", "tolerance_mm", "hd95_mm", "volume_ml", "predicted_ml"), math.nan)
+    rewrite(copied, lambda rows: rows.assign(**mm, volume_bin="unknown"))
     results.write_results(study, copied, tmp_path / "report")
     found, *rest = results.read_results(tmp_path / "report")
     assert found["volumes"] == [] and {row["bin"] for row in found["bins"]} == {"unknown"} and len(found["summaries"]) == 4
     assert drawn(found, *rest) == ALWAYS | {"parameters", "amounts", "ledger"}
-    assert tables.score_table(found)["HD95, mm"].tolist() == ["–"] * 4 and set(tables.patient_table(found)["mL"]) == {"unknown"}
+    assert tables.score_table(found)["HD95, mm"].tolist() == tables.score_table(found)["surface Dice"].tolist() == ["–"] * 4
+    assert set(tables.patient_table(found)["mL"]) == {"unknown"}
     assert next(claim for claim in found["claims"] if claim["number"] == 3)["verdict"] == "not tested"
 
 
@@ -276,6 +312,27 @@ def test_every_table_is_text_without_gaps_in_words(collected):
     assert tables.rank_table(collected).columns.tolist() == ["method", "rank 2", "rank 8"]
     assert tables.region_table(collected).strategy.str.replace(" †", "").tolist() == ["No fine-tuning", "Fine-tuning, decoding"]
     assert "another cohort" in " ".join(tables.published_table(collected).columns)
+
+
+def test_surface_dice_stands_with_its_tolerance_or_not_at_all(collected):
+    assert "surface Dice, 5 mm" in tables.score_table(collected) and {row["tolerance_mm"] for row in collected["patients"]} == {5}
+    old = {**collected, "patients": [{key: value for key, value in row.items() if key not in ("nsd", "tolerance_mm")}
+                                     for row in collected["patients"]]}
+    assert list(tables.score_table(old)) == ["strategy", "HD95, mm", "lesion F1", "slice sensitivity", "slice specificity"]
+    assert len(tables.strategy_table(old)) == 4 and len(tables.patient_table(old)) == 6
+
+
+def test_claims_under_revision_are_called_so_wherever_they_stand(collected):
+    revised = {claim["number"]: claim for claim in collected["claims"] if claim["number"] in (2, 4, 5) and claim["verdict"] != "not tested"}
+    assert revised and {claim["verdict"] for claim in revised.values()} == {"under revision"}
+    reason = revised[2]["reason"]
+    table = tables.claims_table(collected).set_index("claim")
+    for claim in revised.values():
+        row = table.loc[f"{claim['number']}. {claim['claim']}"]
+        assert row["verdict"] == "under revision" and reason in row["what may be written"]
+    assert "claim 2: under revision" in set(tables.published_table(collected).here)
+    said = report.captions(collected)
+    assert reason in said["ledger"] and reason in said["overview"]
 
 
 def test_many_strategies_are_chosen_from_by_a_rule_in_words(collected):
@@ -359,12 +416,49 @@ def test_a_changed_number_changes_the_figure_and_the_pdf(written, tmp_path):
     assert (tmp_path / "paper.pdf").read_bytes() != (written / "paper.pdf").read_bytes()
 
 
-def test_a_figure_without_data_any_more_is_taken_away(written, tmp_path):
+def change_results(folder, **changes):
+    path = folder / "results.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_figure_without_data_any_more_is_taken_away_and_nothing_else(written, tmp_path):
     committed = shutil.copytree(written, tmp_path / "results")
-    found = json.loads((committed / "results.json").read_text())
-    (committed / "results.json").write_text(json.dumps({**found, "amounts": []}))
+    mine = [committed / f"figures/{name}" for name in ("holiday.png", "sketch.svg", "notes.txt")]
+    for path in mine:
+        path.write_text("mine")
+    change_results(committed, amounts=[])
     paths = report.draw_figures(committed, committed / "figures")
     assert not list((committed / "figures").glob("amounts.*")) and all(path.is_file() for path in paths)
+    assert [path.read_text() for path in mine] == ["mine"] * 3
+
+
+def test_pictures_of_the_same_name_are_not_replaced(written, tmp_path):
+    (tmp_path / "dice.png").write_text("mine")
+    with pytest.raises(ValueError, match="dice.png: is there already, and no record.json lists it"):
+        report.draw_figures(written, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["dice.png"] and (tmp_path / "dice.png").read_text() == "mine"
+
+
+def test_a_report_of_another_study_is_not_replaced(study, runs, written, tmp_path):
+    folder = shutil.copytree(written, tmp_path / "report")
+    other = with_rows(study, study="other")
+    for call in (lambda **more: results.write_results(other, runs, folder, **more),
+                 lambda **more: report.draw_figures(folder, folder / "figures", **more)):
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        with pytest.raises(ValueError, match="study was 'smoke', is 'other'"):
+            call()
+        assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        call(overwrite=True)
+    assert json.loads((folder / "results.json").read_text())["study"]["study"] == "other"
+
+
+def test_a_report_of_the_same_study_is_written_anew(study, runs, written, tmp_path, capsys):
+    folder = shutil.copytree(written, tmp_path / "report")
+    capsys.readouterr()
+    results.write_results(study, runs, folder)
+    assert "was done before by the same call" in capsys.readouterr().out
+    results.write_results(with_rows(study, seeds=[0]), runs, folder)
+    assert "done before" not in capsys.readouterr().out and len(json.loads((folder / "results.json").read_text())["runs"]) == 6
 
 
 def test_captions_say_what_was_chosen_and_that_phantoms_are_phantoms(written, collected):

@@ -108,7 +108,8 @@ def finetune(
     from sahlora.strategies import Strategy
 
     rates = typed_numbers(learning_rate, "--learning-rate")
-    strategy = Strategy(method, region, rank, None, steps, batch_size, rates if len(rates) > 1 else rates[0], seed, precision,
+    strategy = Strategy(method, region, rank, None, steps, batch_size, rates if len(rates) > 1 else rates[0], seed,
+                        precision,  # type: ignore[arg-type]  # Strategy checks the word
                         extras, training=_training_options(option, device, workers))
     choose_threads(threads)
     _finetune(base, cohort, folds, strategy, out, quiet=quiet, tensorboard=tensorboard, overwrite=overwrite)
