@@ -133,7 +133,7 @@ def mask_notes(mask: np.ndarray) -> list[str]:
     "Notes on a mask of 0 and 1 (X, Y, Z) that is empty, or larger than any hematoma."
     share = float((mask > 0).mean())
     if share > 0.25:
-        return [f"the mask covers {share:.0%} of the scan, more than any hematoma; is it the other way round?"]
+        return [f"the mask covers {share:.1%} of the scan, more than any hematoma; is it the other way round?"]
     return [] if share else ["empty mask: no blood"]
 
 # %% ../nbs/13_checks.ipynb #200b519b
@@ -144,7 +144,7 @@ def _check_image(path: Path, row: Any) -> tuple[Nifti | None, list[str], list[st
         return None, problems, [], ""
     found, wrong = attempt(check_hu, scan.array, str(path), window_of(row.intensity))
     if found and np.abs(np.maximum(to_hu(scan.array, row.intensity), -1024) - found[0]).max() > 1:
-        wrong = [f"{path}: prediction takes its values for HU, training for grey of {row.intensity}; store grey of 0 to 255"]
+        wrong = [f"{path}: prediction takes its values for HU, training for grey of {row.intensity}; store HU"]
     placed, misplaced = attempt(placed_notes, scan.affine, scan.array.shape, str(path), row.spacing == "known")
     notes = [*scan.notes, *(found[1] if found and row.intensity == "hu" else []), *(placed or [])]
     if row.sha256 not in ("", file_hash(path)):
@@ -195,7 +195,7 @@ def _twins(cohort: Cohort, voxels: list[str]) -> tuple[list[str], list[tuple[str
 
 # %% ../nbs/13_checks.ipynb #a318c4f9
 def _training_notes(cohort: Cohort, sizes: set[str], bleeding: set[str]) -> list[tuple[str, str]]:
-    "Why training will refuse a cohort: the sizes of its slices, its folds, or no blood to learn from."
+    "Why fine-tuning will refuse a cohort: the sizes of its slices, its folds, or no blood to learn from."
     from sahlora.folds import kfold, read_folds  # which imports this module
 
     path = cohort.folder / "folds.json"
@@ -203,8 +203,8 @@ def _training_notes(cohort: Cohort, sizes: set[str], bleeding: set[str]) -> list
     if bare := [str(k) for k, fold in enumerate(plan or []) if not bleeding & {*fold.train}]:
         why.append(f"no training patient of fold {', '.join(bare)} has any blood")
     if len(sizes) > 1:
-        why.append(f"its slices have {' and '.join(sorted(sizes))} pixels, and must be of one size when they are padded")
-    return [("the cohort", f"training refuses it: {text}") for text in why]
+        why.append(f"its slices have {' and '.join(sorted(sizes))} pixels, and must have one size once padded")
+    return [("the cohort", f"fine-tuning refuses it: {text}") for text in why]
 
 # %% ../nbs/13_checks.ipynb #5feadbd8
 def check_cohort(folder: str | Path, progress: bool = False) -> CohortReport:

@@ -20,6 +20,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from .agreement import Equivalence, Trend, equivalence, page_trend, spearman
+from .display import markdown_text
 from .statistics import (Comparison, Comparisons, Interval, Paired, Result, compare, holm, paired,
                                 patient_scores, scored, smallest_difference)
 
@@ -156,7 +157,7 @@ class Claim(Result):
         return f"{self.number}. {self.claim} {self.verdict.capitalize()}. {self.sentence}"
 
     def _repr_markdown_(self) -> str:
-        return f"**{self.number}. {self.claim}** *{self.verdict.capitalize()}.* {self.sentence}"
+        return f"**{self.number}. {self.claim}** *{self.verdict.capitalize()}.* {markdown_text(self.sentence)}"
 
 # %% ../nbs/52_claims.ipynb #42f91eaa
 def _p(p: float | None) -> str:

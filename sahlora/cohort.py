@@ -101,7 +101,7 @@ def write_case(folder: Path, case: Case) -> dict[str, Any]:
 
 
 def write_rows(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
-    "cohort.csv, whole or not at all, when all `rows` are there; what killed writers left beside the volumes is removed."
+    "cohort.csv, whole or not at all, when all `rows` are there. What killed writers left is removed."
     remove_leftovers(folder / "images", folder / "labels")
     write_csv(folder / "cohort.csv", pd.DataFrame(list(rows), columns=list(COLUMNS)))
 
@@ -114,8 +114,9 @@ def write_cohort(folder: str | Path, cases: Iterable[Case], overwrite: bool = Fa
     """
     folder, cases, facts = Path(folder), list(cases), {}
     for case in cases:
-        arrays = [(array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).hexdigest()) for array in (case.image, case.label)]
-        facts[case.case] = object_hash([case.patient, case.site, case.intensity, case.spacing, case.affine.tolist(), arrays])
+        voxels = [(one.dtype.str, one.shape, hashlib.sha256(one.tobytes()).hexdigest()) for one in (case.image, case.label)]
+        words = [case.patient, case.site, case.intensity, case.spacing]
+        facts[case.case] = object_hash([*words, case.affine.tolist(), voxels])
     if not cases or len(facts) < len(cases):
         raise ValueError(f"{folder}: there is no case to write, or two have one name")
     files = ["cohort.csv", *(name for case in facts for name in case_files(case))]
@@ -141,15 +142,15 @@ def read_table(path: str | Path) -> pd.DataFrame:
                          "UTF-8 with commas, not with semicolons or tabs")
     for number, values in lines:
         if len(values) != len(names):
-            raise ValueError(f"{path}: line {number} has {len(values)} values for {len(names)} columns; put quotes around "
-                             "a value that holds a comma")
+            raise ValueError(f"{path}: line {number} has {len(values)} values for {len(names)} columns; put "
+                             "quotes around a value that holds a comma")
     return pd.DataFrame([values for _, values in lines[1:]], columns=names, dtype=str)
 
 # %% ../nbs/12_cohort.ipynb #bc61cbd4
 def _check_columns(path: Path, table: pd.DataFrame) -> None:
     "Raises: ValueError that names `path` and what is missing in it, or stands in it twice."
     if missing := [name for name in COLUMNS[:7] if name not in table]:
-        raise ValueError(f"{path}: column{'s' * (len(missing) > 1)} {', '.join(missing)} missing; it needs {', '.join(COLUMNS[:7])}")
+        raise ValueError(f"{path}: column {', '.join(missing)} missing; it needs {', '.join(COLUMNS[:7])}")
     if table.empty:
         raise ValueError(f"{path}: holds no case; write one row per scan")
     if repeated := table.case[table.case.duplicated()].tolist():
@@ -160,20 +161,22 @@ def _check_row(folder: Path, row: Any) -> float:
     "A row's mL of blood, NaN where it says none. Raises: ValueError that says what is wrong in the row."
     check_name(row.case)
     window_of(row.intensity)
-    if not row.patient or row.spacing not in ("known", "unknown"):
-        raise ValueError(f"spacing {row.spacing!r} is neither known nor unknown" if row.patient else "has no patient; write it in")
+    if not row.patient:
+        raise ValueError("has no patient; write it in")
+    if row.spacing not in ("known", "unknown"):
+        raise ValueError(f"spacing {row.spacing!r} is neither known nor unknown")
     for name in (row.image, row.label):
         if not (folder / name).is_file():
             raise ValueError(f"{name!r} is not there; copy it or drop the row")
     if not all(re.fullmatch("([0-9a-f]{64})?", value) for value in (row.sha256, row.voxels)):
         raise ValueError("sha256 or voxels is not a hash of 64 digits; leave both empty")
     if not re.fullmatch(r"([0-9]*\.?[0-9]+(e[+-]?[0-9]{1,2})?)?", row.blood_ml, re.IGNORECASE):
-        raise ValueError(f"blood_ml {row.blood_ml!r} is not a volume in mL, such as 12.5; leave it empty if it is not known")
+        raise ValueError(f"blood_ml {row.blood_ml!r} is not a volume in mL; leave it empty if it is not known")
     return float(row.blood_ml or "nan")
 
 # %% ../nbs/12_cohort.ipynb #6d8cc869
 def _read_table(path: Path) -> pd.DataFrame:
-    "A checked cohort.csv, with all of COLUMNS. No file has two uses, but several masks of an image may have a row each."
+    "A checked cohort.csv, with all of COLUMNS. A file has one use, but an image may have a row for each of its masks."
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not there; a cohort is a folder with cohort.csv, images/ and labels/")
     table = read_table(path)
@@ -362,8 +365,8 @@ def make_phantom_cohort(folder: str | Path, kind: str, cases: int, seed: int, gr
     folder, kind = Path(folder), check_request(kind, seed, 0, grid, slices)
     if not 1 <= cases <= 10_000 or workers < 1:  # a case's number has four digits
         raise ValueError(f"{cases} cases by {workers} workers: give 1 to 10000 cases, and one worker or more")
-    facts = {"kind": kind, "cases": int(cases), "seed": int(seed), "grid": [int(n) for n in grid], "slices": int(slices),
-             "code": case_key(kind, seed, 0, grid, slices)}
+    facts = {"kind": kind, "cases": int(cases), "seed": int(seed), "grid": [int(n) for n in grid],
+             "slices": int(slices), "code": case_key(kind, seed, 0, grid, slices)}
     jobs = [(folder, f"{kind}-{index:04d}", kind, seed, index, grid, slices) for index in range(cases)]
     files = ["cohort.csv", "made", *(file for job in jobs for file in case_files(job[1]))]
     with output_folder(folder, "cohort make", facts, files, overwrite) as done:

@@ -28,7 +28,8 @@ from .ct import read_nifti
 from .ct.check import check_hu, check_placed, some_of, visible
 from .ct.nifti import ORIENTATIONS
 from .files import file_hash, object_hash, read_json, write_json
-from .layouts import (BLOOD, LAYOUTS, RATERS, Found, blood_mask, combine_raters, layout_help, parse_labels, which_blood)
+from .layouts import (BLOOD, LAYOUTS, RATERS, Found, blood_mask, combine_raters, layout_help, parse_labels,
+                             which_blood)
 from .options import options
 from .outputs import output_folder
 
@@ -95,7 +96,8 @@ def _ct_ich_pictures(brain: Path) -> list[tuple[Path, Path]]:
     "(picture, mask) paths of a patient's folder in slice order; the mask may not exist: no blood. Raises: ValueError."
     files = visible(brain) if brain.is_dir() else []
     pictures = [path for path in files if path.suffix == ".jpg" and path.stem.isdecimal()]
-    pairs = {path: path.with_name(f"{path.stem}_HGE_Seg.jpg") for path in sorted(pictures, key=lambda path: int(path.stem))}
+    pictures.sort(key=lambda path: int(path.stem))
+    pairs = {path: path.with_name(f"{path.stem}_HGE_Seg.jpg") for path in pictures}
     if lonely := [path.name for path in files if path.name.endswith("_HGE_Seg.jpg") and path not in pairs.values()]:
         raise ValueError(f"{brain}: masks without a picture: {some_of(lonely)}; copy the pictures again")
     return list(pairs.items())
@@ -159,13 +161,13 @@ def read_found(found: Found, request: Request) -> tuple[Case, list[str]]:
 
 # %% ../nbs/15_imports.ipynb #bb54ca23
 def _ct_ich_table(source: Path) -> dict[str, tuple[int, int]]:
-    "Scan -> (slices, slices with blood) by hemorrhage_diagnosis*.csv; {} where there is none. Raises: ValueError for another table."
+    "Scan -> (slices, slices with blood) by hemorrhage_diagnosis*.csv; {} without one. Raises: ValueError for another table."
     files = [path for path in visible(source) if re.fullmatch(r"hemorrhage_diagnosis.*\.csv", path.name)]
     if not files:
         return {}
     table = read_table(files[0]).rename(columns=lambda name: re.sub("[^a-z]", "", name.lower()))
     if missing := {"patientnumber", "slicenumber", "nohemorrhage"} - set(table):
-        raise ValueError(f"{files[0]}: column {', '.join(sorted(missing))} missing; copy it again, or remove it to compare no slices")
+        raise ValueError(f"{files[0]}: column {', '.join(sorted(missing))} missing; copy it again, or remove it")
     blood = pd.to_numeric(table.nohemorrhage, errors="coerce") == 0
     return {f"ct-ich-{patient.zfill(3)}": (len(rows), int(blood[rows.index].sum()))
             for patient, rows in table.groupby("patientnumber") if patient}
@@ -264,7 +266,7 @@ def _list_scans(layout: str, source: Path) -> list[Found]:
 
 # %% ../nbs/15_imports.ipynb #65121a9b
 def _known(source: Path) -> pd.DataFrame:
-    "The table of a cohort that is imported again, so that its patients and its site stay what they were; empty elsewhere."
+    "The table of a cohort that is imported again, whose patients and site stay what they were; empty elsewhere."
     return read_table(source / "cohort.csv") if (source / "cohort.csv").is_file() else pd.DataFrame()
 
 # %% ../nbs/15_imports.ipynb #1478b040
@@ -282,6 +284,25 @@ def _request(layout: str, source: Path, blood: str | Sequence[str] | None, label
     return Request(layout, str(source.resolve()), dict(codes), which_blood(codes, blood), str(rater),
                    site or (len(sites) == 1 and sites.pop()) or layout, **values)
 
+# %% ../nbs/15_imports.ipynb #4db5551d
+def _carry_out(found: Sequence[Found], request: Request, out: Path, overwrite: bool, progress: bool) -> ImportReport:
+    "Write what is good of the scans, and what is to be told of the rest; or read it, where the same import did."
+    skipped: dict[str, str] = {}
+    notes: list[tuple[str, str]] = []
+    good = _good_cases(found, request, skipped, notes, progress)
+    first = next(good)
+    files = ["cohort.csv", "import.json", *(name for one in found for name in case_files(one.case))]
+    asked = asdict(request)
+    facts = {**{name: asked[name] for name in asked if name != "source"}, "scans": _scans(found)}
+    with output_folder(out, "cohort import", facts, files, overwrite) as done:
+        if not done:
+            write_rows(out, (write_case(out, case) for case in chain([first], good)))
+            notes += [(", ".join(scan.case for scan in group), "the same voxels under several names")
+                      for group in find_duplicates(Cohort.read(out))]
+            write_json(out / "import.json", {"request": asked, "skipped": skipped, "notes": grouped(notes)})
+        told = read_json(out / "import.json")
+        return ImportReport(Cohort.read(out), request, told["skipped"], tuple(told["notes"]))
+
 # %% ../nbs/15_imports.ipynb #d4a29a46
 def import_cohort(layout: str, source: str | Path, out: str | Path, *, blood: str | Sequence[str] | None = None,
                   labels: str | Mapping[int, str] | None = None, rater: str | int = "majority",
@@ -294,8 +315,8 @@ def import_cohort(layout: str, source: str | Path, out: str | Path, *, blood: st
     `blood`: names of labels that count; `labels`: codes of one's own masks, "1=EDH,2=IPH"; `rater`: RATERS or a number;
     `patients`: a CSV (case, patient), by default the cohort.csv of a cohort that is imported again;
     `window`: HU range of 8-bit scans; `spacing`, `orientation`: where headers lack them; `size`: pixels across, for JPEG slices only.
-    Raises: FileNotFoundError with the layout's help; ValueError for a wrong option, files without a partner, a folder
-    `out` that holds something else (with `overwrite`, what its record lists is replaced), or when no scan could be imported.
+    Raises: FileNotFoundError with the layout's help; ValueError for a wrong option, files without a partner, or no
+    good scan, and for a folder `out` that holds other files (with `overwrite`, what its record lists is replaced).
     """
     source, out = Path(source), Path(out)
     request = _request(layout, source, blood, labels, rater, site, window=window, spacing=spacing,
@@ -309,17 +330,4 @@ def import_cohort(layout: str, source: str | Path, out: str | Path, *, blood: st
         raise ValueError("--size: only JPEG slices are brought to another size; a volume keeps its own")
     if found[0].image.is_dir() and (window or orientation or fill_nan):
         raise ValueError("--window, --orientation, --fill-nan: what JPEG slices show is known; drop the option")
-    skipped: dict[str, str] = {}
-    notes: list[tuple[str, str]] = []
-    good = _good_cases(found, request, skipped, notes, progress)
-    first = next(good)
-    files = ["cohort.csv", "import.json", *(name for one in found for name in case_files(one.case))]
-    facts = {name: value for name, value in asdict(request).items() if name != "source"} | {"scans": _scans(found)}
-    with output_folder(out, "cohort import", facts, files, overwrite) as done:
-        if not done:
-            write_rows(out, (write_case(out, case) for case in chain([first], good)))
-            notes += [(", ".join(scan.case for scan in group), "the same voxels under several names")
-                      for group in find_duplicates(Cohort.read(out))]
-            write_json(out / "import.json", {"request": asdict(request), "skipped": skipped, "notes": grouped(notes)})
-        told = read_json(out / "import.json")
-        return ImportReport(Cohort.read(out), request, told["skipped"], tuple(told["notes"]))
+    return _carry_out(found, request, out, overwrite, progress)

@@ -49,6 +49,7 @@ def _say(error: ValidationError, known: Iterable[str]) -> str:
         if not one["loc"]:  # what __post_init__ raised
             return one["msg"].removeprefix("Value error, ")
         name = one["loc"][0]
+        name = list(known)[name] if isinstance(name, int) else name  # given by its place
         if name not in found or len(one["loc"]) > len(found[name]["loc"]):
             found[name] = one
     unknown = ("unexpected_keyword_argument", "extra_forbidden")

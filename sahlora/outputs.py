@@ -61,7 +61,7 @@ def _acquire(folder: Path, wait: bool) -> tuple[FileLock | SoftFileLock, bool]:
         lock.acquire(blocking=wait)
     return lock, nested
 
-
+# %% ../nbs/03_outputs.ipynb #7c00629c
 def _take(folder: Path, wait: bool) -> tuple[FileLock | SoftFileLock, bool]:
     "As `_acquire`, but says who is waited for. Raises: BlockingIOError that names the owner; ValueError for a file."
     blocking = False

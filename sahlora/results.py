@@ -362,22 +362,25 @@ def study_output(out: str | Path, command: str, study: str, content: object, fil
     return output_folder(out, command, {"study": study, "content": object_hash(content)}, files, overwrite or mine)
 
 
-REPORT = ("results.json", "patients.csv", "histories.csv", "pictures.safetensors", "cost.json", "cost.md")
+REPORT = ("results.json", "patients.csv", "histories.csv", "pictures.safetensors")
 
 
 def write_results(study: Study, folder: str | Path, out: str | Path, overwrite: bool = False) -> dict[str, Any]:
-    """Write the files of REPORT to `out`; the results. An earlier report of the same study is replaced, any other with `overwrite`.
+    """Write the files of REPORT and the cost to `out`; the results. An earlier report of the study is replaced, any other with `overwrite`.
 
     Raises: FileNotFoundError when no run is done; ValueError for files of no run of the study; what `output_folder` raises.
     """
     results, cost = collect(study, folder)
-    with study_output(out, "report", study.study, [results, cost], REPORT, overwrite) as done:
+    with study_output(out, "report", study.study, results, REPORT, overwrite) as done:
         if not done:
-            _write_report(study, folder, Path(out), results, cost)
+            _write_report(study, folder, Path(out), results)
+        write_json(Path(out) / "cost.json", cost)  # the same results cost something else each time
+        with atomic_path(Path(out) / "cost.md") as temporary:
+            temporary.write_text(table_markdown(cost_table(cost), index=False, disable_numparse=True) + "\n", encoding="utf-8")
     return results
 
 
-def _write_report(study: Study, folder: str | Path, out: Path, results: dict[str, Any], cost: dict[str, Any]) -> None:
+def _write_report(study: Study, folder: str | Path, out: Path, results: dict[str, Any]) -> None:
     "The files of REPORT."
     import torch
 
@@ -386,9 +389,6 @@ def _write_report(study: Study, folder: str | Path, out: Path, results: dict[str
     save_tensors(out / "pictures.safetensors", pictures, {"order": list(pictures)})
     write_csv(out / "histories.csv", gather_histories(results, folder))
     write_csv(out / "patients.csv", patient_rows(patients))
-    write_json(out / "cost.json", cost)
-    with atomic_path(out / "cost.md") as temporary:
-        temporary.write_text(table_markdown(cost_table(cost), index=False, disable_numparse=True) + "\n", encoding="utf-8")
     write_json(out / "results.json", results)
 
 # %% ../nbs/71_results.ipynb #bfde65c3

@@ -113,7 +113,7 @@ def _check(strategy: Strategy) -> None:
     if strategy.method not in known:
         raise ValueError(f"method {strategy.method!r} {unknown_key(strategy.method, known)}")
     if strategy.patients is not None and strategy.method == "none":
-        raise ValueError("none: trains nothing, so that patients= means nothing; leave it out")
+        raise ValueError("none: patients= is how many are trained on: leave it out, not with none")
     if not strategy.is_adapter and (strategy.extras or strategy.adapter):
         raise ValueError(f"{strategy.method}: extras and adapter options belong to adapters ({', '.join(METHODS)})")
     if taken := sorted({"steps", "batch_size", "learning_rate", "seed", "precision"} & set(strategy.training)):

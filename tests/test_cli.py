@@ -1,6 +1,7 @@
 """The command: exit codes, one message instead of a traceback, nothing written for bad input."""
 import errno
 import os
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -143,6 +144,40 @@ def test_cohort_commands(things, run, tmp_path):
     found = run("cohort", "check", tmp_path / "tbi")
     assert found.exit_code == 1 and label.name in found.output
     assert run("cohort", "make", "--kind", "tbi", "--cases", 1, "--grid", "64", "--out", tmp_path / "x").exit_code == 2
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--cases", "0"], "--cases"), (["--cases", "-3"], "--cases"), (["--cases", "999999999"], "--cases"), (["--cases", "2.5"], "--cases"),
+    (["--grid", "0x0"], "grid is (0, 0)"), (["--grid", "64x80x2"], "--grid"), (["--grid", "\u00b2x80"], "--grid"), (["--grid", "9999x80"], "grid is"),
+    (["--seed", "-1"], "seed is -1"), (["--slices", "0"], "slices is 0"), (["--workers", "0"], "--workers"), (["--kind", "mri"], "kind is 'mri'")])
+def test_phantoms_that_can_not_be_are_refused_before_anything_is_written(run, tmp_path, options, words):
+    done = run("cohort", "make", "--kind", "tbi", "--cases", "1", "--out", tmp_path / "c", *options)
+    assert done.exit_code == 2 and words in done.stderr and not (tmp_path / "c").exists(), done.output
+
+
+def test_a_cohort_is_kept_refused_or_replaced(run, tmp_path):
+    make = ("cohort", "make", "--kind", "tbi", "--grid", "32x40", "--slices", "6", "--out", tmp_path / "c", "--cases")
+    assert run(*make, 2).exit_code == 0
+    again = run(*make, 2)
+    assert again.exit_code == 0 and "was done before by the same call" in again.output
+    other = run(*make, 1)
+    assert other.exit_code == 2 and "cases was 2, is 1" in other.stderr and "--overwrite" in other.stderr
+    assert run(*make, 1, "--overwrite").exit_code == 0 and len(pd.read_csv(tmp_path / "c/cohort.csv")) == 1
+    assert run("cohort", "show", tmp_path / "c", "--count", 0).exit_code == 2
+    assert run("cohort", "folds", tmp_path / "c", "--seed", -1).exit_code == 2
+    (tmp_path / "c/cohort.csv").write_text((tmp_path / "c/cohort.csv").read_text().replace(",", ";"))
+    for command in ("check", "show", "folds"):
+        refused = run("cohort", command, tmp_path / "c")
+        assert refused.exit_code == 2 and "cohort.csv" in refused.stderr and "with commas" in refused.stderr, refused.output
+
+
+def test_a_cohort_without_millilitres_goes_through_every_command(things, run, tmp_path):
+    shutil.copytree(things[1].folder, tmp_path / "c")
+    (tmp_path / "c/folds.json").unlink(missing_ok=True)
+    things[1].table.drop(columns="blood_ml").to_csv(tmp_path / "c/cohort.csv", index=False)
+    for command in (["check"], ["folds", "--method", "stratified"], ["show", "--out", tmp_path / "sheet.png"]):
+        done = run("cohort", *command[:1], tmp_path / "c", *command[1:])
+        assert done.exit_code == 0, done.output
 
 
 def test_cohort_import(things, run, tmp_path):

@@ -353,7 +353,7 @@ def test_one_slice_is_told_because_prediction_refuses_it(cohort, spacing):
     assert "one slice of 32 x 40 pixels (2-D)" in "".join(report.notes if report.ok else report.problems)
 
 
-@pytest.mark.parametrize("share, told", [(1.0, "the mask covers 100% of the scan"), (0.5, "the mask covers 50% of the scan"), (0.2, "")])
+@pytest.mark.parametrize("share, told", [(1.0, "the mask covers 100.0% of the scan"), (0.5, "the mask covers 50.0% of the scan"), (0.2, "")])
 def test_a_mask_larger_than_any_hematoma_is_told(cohort, share, told):
     _, ct, _ = next(iter(cohort))
     mask = np.zeros(ct.hu.shape, np.uint8)
@@ -388,7 +388,7 @@ def test_what_training_will_refuse_is_told(cohort, tmp_path, kind):
 
     spoiled, words = spoil(cohort, kind)
     report = check_cohort(spoiled.folder)
-    assert report.ok and any("training refuses it" in note and words in note for note in report.notes), str(report)
+    assert report.ok and any("fine-tuning refuses it" in note and words in note for note in report.notes), str(report)
     base = tmp_path / "base"
     pretrain(make_phantom_cohort(tmp_path / "source", "tbi", 1, 9, (32, 40), 6), base, {"name": "multi-view-unet", "levels": 1},
              {"steps": 1, "batch_size": 2}, quiet=True)
@@ -399,7 +399,7 @@ def test_what_training_will_refuse_is_told(cohort, tmp_path, kind):
 
 def test_folds_that_do_not_fit_any_more_are_told(cohort):
     (cohort.folder / "folds.json").write_text("{}")
-    assert "training refuses it" in str(check_cohort(cohort.folder)) and "folds.json: not a file of folds" in str(check_cohort(cohort.folder))
+    assert "fine-tuning refuses it" in str(check_cohort(cohort.folder)) and "folds.json: not a file of folds" in str(check_cohort(cohort.folder))
 
 
 @pytest.mark.parametrize("kind", ["bit", "truncated", "not HU", "not a number", "coronal"])

@@ -624,16 +624,16 @@ def test_every_bin_has_its_row():
 
 
 def test_tables_of_older_runs_are_refused_by_name():
-    with pytest.raises(ValueError, match="hd95_mm"):
-        summarize_run(cohort().drop(columns="hd95_mm"))
+    old = cohort().drop(columns=["nsd", "tolerance_mm"]).assign(nsd_2mm=0.5)  # counted voxels
+    for summary in (summarize_run, by_bin):
+        with pytest.raises(ValueError, match="lacks nsd: score its patients again"):
+            summary(old)
     with pytest.raises(ValueError, match="volume_ml"):
         by_bin(cohort().drop(columns="volume_ml"))
 
 
-def test_tables_from_before_surfaces_were_measured_by_area_go_without_them():
-    old = cohort().drop(columns=["nsd", "tolerance_mm"]).assign(nsd_2mm=0.5)
-    assert set(summarize_run(old)["scores"]) == {*SCORES, *VOLUMES} - {"nsd"} and not any("nsd" in name for name in by_bin(old))
-    assert surface_heading(old) == "surface Dice" and surface_heading(cohort()) == "surface Dice, 10 mm"
+def test_a_heading_names_the_tolerance():
+    assert surface_heading(cohort()) == "surface Dice, 10 mm" and surface_heading(cohort().assign(tolerance_mm=math.nan)) == "surface Dice"
     assert surface_heading(pd.DataFrame({"tolerance_mm": [5.0, 2.5, math.nan, 4.9]})) == "surface Dice, 2.5 to 5 mm"
 
 

@@ -284,6 +284,25 @@ def test_a_fixed_split(cohort, tmp_path):
         folds_for(cohort, tmp_path / "folds.json", split=Fold(("p0",), ("p2",)))
 
 
+@pytest.mark.parametrize("split", [[], [{"train": [], "test": ["p0"], "fit": False}], [{"train": ["p0"], "test": [], "fit": False}],
+                                   [{"train": [0], "test": ["p1"], "fit": False}], [{"train": "p0", "test": ["p1"]}], [{"test": ["p1"]}],
+                                   None, {"p0": 1}, ["p0"]])
+def test_folds_without_patients_are_refused(cohort, tmp_path, split):
+    path = tmp_path / "folds.json"
+    folds_for(cohort, path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"split": split}))
+    with pytest.raises(ValueError, match="folds.json: not a file of folds .* delete it to draw anew"):
+        read_folds(path, cohort)
+
+
+@pytest.mark.parametrize("method", ["kfold", "stratified"])
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_that_can_not_be_are_named(cohort, tmp_path, method, seed):
+    with pytest.raises(ValueError, match=f"seed is {seed}; give a whole number from 0 to 4294967295"):
+        folds_for(cohort, tmp_path / "folds.json", method, seed=seed)
+    assert not (tmp_path / "folds.json").exists()
+
+
 @pytest.mark.parametrize("content", ["[]", "{}", '{"patients": {}}', '{"patients": {"p0": 1}}', "3", "{"])
 def test_a_damaged_file(cohort, tmp_path, content):
     (tmp_path / "folds.json").write_text(content)

@@ -778,10 +778,10 @@ def test_what_prediction_will_refuse_and_what_no_hematoma_is_are_told(tmp_path):
     jpeg_patient(tmp_path / "source/Patients_CT/001/brain", numbers=(9,))
     notes = str(import_cohort("ct-ich", tmp_path / "source", tmp_path / "out"))
     assert "prediction refuses it" in notes and "one slice of 40 x 40 pixels" in notes
-    assert "the mask covers 50% of the scan" in notes
+    assert "the mask covers 50.0% of the scan" in notes
     lay_pairs(tmp_path / "pairs")
     store(tmp_path / "pairs/labels/a.nii.gz", 1 - blood(), axes="RAS")
-    assert "the mask covers 99% of the scan" in str(import_cohort("pairs", tmp_path / "pairs", tmp_path / "inverted"))
+    assert "the mask covers 99.2% of the scan" in str(import_cohort("pairs", tmp_path / "pairs", tmp_path / "inverted"))
 
 
 def test_help_says_where_data_are_from():

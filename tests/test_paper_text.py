@@ -6,7 +6,7 @@ import shutil
 import pytest
 import typst
 
-from sahlora.claims import CLAIMS, VERDICTS, Plan
+from sahlora.claims import CLAIMS, REVISION, VERDICTS, Plan
 
 # ---- what may be typed
 
@@ -15,7 +15,7 @@ NO_RESULTS = [  # digits that are no results: layout, rounding, places in lists,
     r'numbering: "[^"]*"|"a4"', r"\b(digits|columns|level|default): \d\b", r"#let many = \d+\n", r"#let level = \[95 %\]",
     r"\.(at|slice|insert)\(-?\d\b(, -?\d)?", r"calc\.(min\(1|max\(0),", r"calc\.pow\(10\.0,", r"calc\.round\(100 - plan\.alpha \* 200\)",
     r"(?<=[\w)]) (<|>|<=|>=|==) \d(?![\d.])(?! [a-z]+s\b)", r"left-then\(\d", r"\(1 \+ (?=int|roles)", r"\{ \d \}",
-    r'"0"|"\[0\.\]"', r'"(nsd_2mm|hd95_mm|lesion_f1)"', r"#sub\[1\]", r"SHA-256", r"ICC\(3,1\)",
+    r'"0"|"\[0\.\]"', r'"(nsd|hd95_mm|lesion_f1)"', r"#sub\[1\]", r"SHA-256", r"ICC\(3,1\)",
 ]  # fmt: skip
 COUNTED = r"patients?|seeds?|folds?|runs?|strategies|steps|scans|cases|mL|per ?cent|%"
 WORDS = r"two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|twenty|thirty|forty|fifty|hundred|thousand"
@@ -279,6 +279,54 @@ def test_verdicts_are_those_of_the_ledger(paper):
         claim["verdict"] = "contradicted"
     other = paper(results, STUDIES["small"][1]).text
     assert "contradicted: 1, 2, 3, 4 and 5" in other and "inconclusive" not in other.lower() and "supported" not in other.lower()
+
+
+def test_a_verdict_under_revision_stands_with_its_reason(paper):
+    results = small()
+    for claim in results["claims"][1:4]:
+        claim |= {"verdict": "under revision", "reason": REVISION, "sentence": f"{claim['sentence']} This is under revision: {REVISION}."}
+    made = paper(results, STUDIES["small"][1])
+    captions = {figure["label"]: text_of(figure["caption"]) for figure in made.find("figure")}
+    abstract = next(line for line in made.text.splitlines() if "Abstract" in line)
+    assert f"under revision: 2, 3 and 4 ({REVISION})" in abstract and "supported: 1" in abstract
+    for label in ("<overview>", "<ledger>", "<claims>"):
+        assert f"Under revision: {REVISION}." in captions[label]
+    assert "claim 2: under revision" in made.text and not re.search("inconclusive|contradicted", made.text)
+
+
+def test_surface_dice_stands_with_its_tolerance_or_not_at_all(paper):
+    assert "surface" not in paper(small(), STUDIES["small"][1]).text.lower()
+    results = small()
+    for run in results["runs"]:
+        run["test_nsd"] = scores(0.8765)
+    for row in results["patients"]:
+        row |= {"nsd": 0.8765, "tolerance_mm": 5.0}
+    text = paper(results, STUDIES["small"][1]).text
+    assert "by area, that lies within 5 mm of the other" in text and "surface Dice, 5 mm" in text and "0.877" in text
+    results["patients"][0]["tolerance_mm"] = 7.25
+    assert "within 5 and 7.25 mm of the other" in paper(results, STUDIES["small"][1]).text
+
+
+OUTSIDE = ("#panic()", "$x_{$", "*a* _b_ `c`", "@nobody2020", "<ledger>", '"quotes" \\ #"', "[a](http://x) // b", "= 1", "</script>", "\n\n= A heading")
+
+
+@pytest.mark.parametrize("words", OUTSIDE)
+def test_words_from_outside_stay_text(paper, words):
+    "Titles, notes, errors, notes of runs and names come from files of others."
+    results = broken()
+    results["study"] |= {"title": words, "note": words}
+    results["failed"][0] |= {"error": words, "id": words}
+    results["runs"][4]["flags"] = [words]
+    results["published"][0]["what"] = words
+    results["published"][0]["source"] = words
+    made = paper(results, STUDIES["broken"][1])
+    pdf, warnings = made.pdf()
+    assert pdf.startswith(b"%PDF") and not warnings
+    plain = lambda text: re.sub(r"\s+", " ", text)  # noqa: E731
+    text, usual = plain(made.text), paper(broken(), STUDIES["broken"][1])
+    assert text.count(plain(words).strip()) >= 5
+    assert [len(made.find(kind)) for kind in ("heading", "link", "math.equation", "ref")] == [
+        len(usual.find(kind)) for kind in ("heading", "link", "math.equation", "ref")]
 
 
 def test_other_results_give_other_numbers(paper):

@@ -281,6 +281,38 @@ def test_size_error_names_what_would_do(kind, levels, size, padded):
         kind(levels)(torch.zeros(1, 1, *size))
 
 
+@pytest.mark.parametrize("levels", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("kind", [MultiViewUnet, lambda n: Unet(n, width=1)])
+def test_the_multiple_is_what_a_network_really_needs(kind, levels, monkeypatch):
+    """Without its check, a side of half the multiple, or of half more, is lost or fails on the way; the multiple itself passes."""
+    net = kind(levels).eval()
+    assert net.multiple == 2**levels and net.config == kind(levels).config
+    monkeypatch.setattr("sahlora.unet._check_input", lambda *arguments: None)
+    for height, width in ((1, 1), (3, 2)):
+        x = torch.zeros(1, 1, height * net.multiple, width * net.multiple)
+        assert net(x).shape == x.shape
+    for wrong in (net.multiple // 2, net.multiple * 3 // 2):
+        x = torch.zeros(1, 1, 2 * net.multiple, wrong)
+        try:
+            kept = net(x).shape == x.shape
+        except RuntimeError:
+            kept = False
+        assert not kept, wrong
+
+
+@pytest.mark.parametrize("make", [lambda: MultiViewUnet(3), lambda: Unet(levels=4, width=2)])
+def test_copies_and_networks_from_a_header_say_the_same_multiple(make):
+    net = make()
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), build_network(net.config), torch.compile(net)):
+        assert twin.multiple == net.multiple
+
+
+def test_the_papers_unets_need_4_and_16():
+    assert (MultiViewUnet().multiple, Unet(width=1).multiple) == (4, 16)
+    with pytest.raises(ValueError, match="72x88 pixels do not fit.*multiples of 16; pad them to 80x96"):
+        Unet(width=1)(torch.zeros(1, 1, 72, 88))
+
+
 def test_input_errors(net):
     with pytest.raises(ValueError, match=r"3 channels.*takes 1"):
         net(torch.zeros(1, 3, 16, 16))

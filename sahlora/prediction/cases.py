@@ -38,7 +38,7 @@ from sahlora.files import (
 )
 from ..hardware import choose_device, choose_precision, keep_memory, run_facts
 from ..options import options
-from ..outputs import check_recorded, sole_writer
+from ..outputs import check_recorded, differences, sole_writer
 from .scan import InputSpec, Length, Prediction, ScanOptions, Window, predict_scan
 from .sheet import CAUTION
 from ..training import Devices, Precisions, load_network
@@ -346,89 +346,66 @@ def _failed(out: Path, overwrite: bool) -> dict[str, dict[str, Any]]:
     keys = ("case", "source", "status", "warnings", "error")
     return {row["case"]: {key: row[key] for key in keys} for row in failed}
 
-# %% ../../nbs/60_prediction.cases.ipynb #905fb34b
-def _check_place(out: Path, path: Path, cases: Mapping[str, Path]) -> None:
-    "Raises: ValueError when results must not go to `out`."
-    real, folders = out.resolve(), [case.resolve() for case in cases.values() if case.is_dir()]
-    if real == path.resolve() or any(real.is_relative_to(folder) for folder in folders):
-        raise ValueError(f"{out}: holds the scans; take another folder for the results (--out)")
-
 # %% ../../nbs/60_prediction.cases.ipynb #16d893b0
 def keep_names(cases: Mapping[str, Path], rows: Mapping[str, Mapping[str, Any]],
                hashes: Mapping[str, str]) -> dict[str, Path]:
     "Scans by the names under which `rows` and `hashes` know them; others by names that are free."
     places = {name: os.path.realpath(row["source"]) for name, row in rows.items()}
     rest, named = dict(cases), dict[str, Path]()
-    for old, key_of in ((places, os.path.realpath), (hashes, _content)):
+    for old, key_of in ((places, os.path.realpath), (hashes, input_hash)):
         names = defaultdict(list)
         for name in sorted(old.keys() - named.keys()):
             names[old[name]].append(name)
         for name, path in list(rest.items()) if names else ():
-            if same := names[key_of(path)]:
+            if same := names[key_of(path) if os.access(path, os.R_OK) else ""]:
                 kept = name if name in same else same[0]
                 same.remove(kept)
                 named[kept] = rest.pop(name)
     taken = {name.casefold() for name in (*_OURS, *rows)}
     return named | {_free_name(name, taken): path for name, path in rest.items()}
 
-
-def _content(path: Path) -> str:
-    "Hash of a scan; empty for one that can not be read."
-    return input_hash(path) if os.access(path, os.R_OK) else ""
-
-# %% ../../nbs/60_prediction.cases.ipynb #8902ab09
-def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    "What differs between two settings, in words."
-    words = {key: f"another {key}" if key in ("model", "adapter") else f"{key} {was.get(key)} (now {now[key]})"
-             for key in now if was.get(key) != now[key]}
-    return ", ".join(words.values())
-
 # %% ../../nbs/60_prediction.cases.ipynb #dbc12919
-def _problem(run: _Run, name: str, record: Mapping[str, Any], source: Path | None) -> str:
-    "Why a finished case is not what this run would make of the scan (None: no longer asked for); or empty."
-    if record["complete"] and record["settings"] != run.settings:
-        return f"made with {_differences(record['settings'], run.settings)}"
-    if source is None or not record["complete"]:  # or killed while its files were replaced
+def _problem(run: _Run, folder: Path, record: Mapping[str, Any], source: Path | None) -> str:
+    "Why a case is not what this run makes of its scan (None: the run leaves it out); empty if it is."
+    if what := differences(record["settings"], run.settings):
+        return f"was made with other settings ({'; '.join(what)})"
+    if source is None:
         return ""
     if record["input"] != input_hash(source):
         was = record["row"]["source"]
         return f"is the result of another scan ({was}), or {source} has changed since"
     if record.get("told", told := run.told.get(source, {})) != told:
-        return "made when the cohort said something else of the scan"
-    paths = {run.out / name / file: found for file, found in record["files"].items() if found}
-    for path, found in paths.items():
+        return "was made when the cohort said something else of the scan"
+    for path, found in ((folder / name, found) for name, found in record["files"].items() if found):
         if path.is_file() and file_hash(path) != found:
             return f"{path.name} was changed since it was written"
     return ""
 
-# %% ../../nbs/60_prediction.cases.ipynb #492ced48
-def _undone(run: _Run, finished: Mapping[str, dict[str, Any]], cases: Mapping[str, Path],
-            overwrite: bool) -> set[str]:
-    "Cases that are not whole. Raises: ValueError for another run's or scan's, and what is not ours."
-    undone = {*cases, *(name for name, record in finished.items() if not record["complete"])}
-    for name in undone - finished.keys():
-        if (run.out / name).exists():
-            raise ValueError(f"{run.out / name}: is there already and is no finished case; remove it or "
-                             "take another --out")
-    for name, record in finished.items():
-        problem, folder = _problem(run, name, record, cases.get(name)), run.out / name
-        if problem and not (overwrite and name in cases):
-            fix = "redo it with --overwrite, or take" if name in cases else "take"
-            raise ValueError(f"{folder}: {problem}; {fix} another --out")
-        if record["complete"] and not problem and all((folder / file).exists() for file in record["files"]):
-            undone.discard(name)
-    return undone
+
+def _is_whole(run: _Run, folder: Path, record: Mapping[str, Any], source: Path | None,
+              overwrite: bool) -> bool:
+    "Whether a case can be kept. Raises: ValueError for one that must be neither kept nor replaced."
+    if not record["complete"]:  # killed while its files were replaced
+        return False
+    problem = _problem(run, folder, record, source)
+    if problem and not (overwrite and source):
+        fix = "redo it with --overwrite, or take" if source else "take"
+        raise ValueError(f"{folder}: {problem}; {fix} another --out")
+    return not problem and all((folder / name).exists() for name in record["files"])
 
 # %% ../../nbs/60_prediction.cases.ipynb #0b33d304
 def _begin(run: _Run, cases: Mapping[str, Path], overwrite: bool) -> tuple[int, dict[str, Path]]:
-    "How many cases are done, and those to do, by their names in `out`; rows of the former go into the run."
+    "How many cases are done, and those to do, by their names in `out`; rows of the others go into the run."
     folders = [path.parent for path in sorted(run.out.glob("*/case.json"))]
-    finished = {path.name: _read_case(path) for path in folders if not path.name.startswith(PART)}
-    rows = _failed(run.out, overwrite) | {name: case["row"] for name, case in finished.items()}
-    cases = keep_names(cases, rows, {name: case["input"] for name, case in finished.items()})
-    undone = _undone(run, finished, cases, overwrite)
-    run.rows = {name: row for name, row in rows.items() if name not in undone}
-    todo = {name: path for name, path in cases.items() if name in undone}
+    made = {path.name: _read_case(path) for path in folders if not path.name.startswith(PART)}
+    rows = _failed(run.out, overwrite) | {name: case["row"] for name, case in made.items()}
+    cases = keep_names(cases, rows, {name: case["input"] for name, case in made.items()})
+    if strange := [run.out / name for name in cases.keys() - made.keys() if (run.out / name).exists()]:
+        raise ValueError(f"{strange[0]}: is there already and is no finished case; take another --out")
+    whole = {name for name, case in made.items()
+             if _is_whole(run, run.out / name, case, cases.get(name), overwrite)}
+    todo = {name: path for name, path in cases.items() if name not in whole}
+    run.rows = {name: row for name, row in rows.items() if name not in {*todo, *made} - whole}
     return len(cases) - len(todo), todo
 
 # %% ../../nbs/60_prediction.cases.ipynb #604934ed
@@ -562,6 +539,8 @@ def predict_cases(path: str | Path, model: str | Path, out: str | Path, *,
     spec, settings = InputSpec.from_header(header), _settings(model, adapter, options)
     run = _Run(net, spec, options, settings, out, len(cases) == 1, progress, _cohort_facts(path), batch)
     record = _record(run, header, {"scans": path, "model": model, "adapter": adapter})
-    _check_place(out, path, cases)
+    real, folders = out.resolve(), [case.resolve() for case in cases.values() if case.is_dir()]
+    if real == path.resolve() or any(real.is_relative_to(folder) for folder in folders):
+        raise ValueError(f"{out}: holds the scans; take another folder for the results (--out)")
     with sole_writer(out):
         return _carry_out(run, *_begin(run, cases, overwrite), record)
