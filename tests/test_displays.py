@@ -1,6 +1,7 @@
 """What objects show of themselves in a notebook: small, self-contained, and never an error; and the slice viewer."""
 
 import base64
+import html
 import io
 import re
 import shutil
@@ -46,6 +47,55 @@ def head(phantom):
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory):
     return make_phantom_cohort(tmp_path_factory.mktemp("cohorts") / "mine", "tbi", 2, 8)
+
+
+OUTSIDE = ("<script>document.title='x'</script>", "a|b", "$x_{$", "![](http://x.org/p.png)", "</title><script>", "=1+1", "[a](javascript:b)",
+           "http://x.org www.x.org a@b.org", "*a* _b_ __c__ ~~d~~ `e` ^f^", "&lt;b&gt; &#60;", "# 1", "- a", "+ a", "1. a", "2) a", "> a",
+           "---", "===", "```", "\\", "a\\|b", ":smile: :+1:", "[^1]", "two\nlines\n\n# three", "\ttab", "\x00\x1b[31m\u202etxt", "<!-- a -->",
+           "{{< include x >}}", "$$y$$", "\\(z\\)", "|||", "<http://x.org>", "x" * 3000, "- [ ] a", "<details>", "a\u2028b")  # fmt: skip
+
+
+def rendered(markdown):
+    "(words, tags) of a page that pandoc makes of Markdown as GitHub and our report read it."
+    import pypandoc
+
+    page = pypandoc.convert_text(markdown, "html5", format="gfm+tex_math_dollars", extra_args=["--mathml", "--wrap=none"])
+    return html.unescape(re.sub("<[^>]+>", "", page)), re.findall(r"<(\w+)", page)
+
+
+@pytest.mark.parametrize("text", OUTSIDE, ids=range(len(OUTSIDE)))
+def test_words_from_outside_stay_text(text):
+    "In a paragraph, a quotation, a list, a heading and a table of Markdown, and in HTML."
+    once, safe = display.plain_text(text), display.markdown_text(text)
+    assert "\n" not in safe and safe.isprintable()
+    for front, tags in (("", ["p"]), ("> ", ["blockquote", "p"]), ("- ", ["ul", "li"]), ("# ", ["h1"]), ("*see* ", ["p", "em"])):
+        words, found = rendered(front + safe)
+        assert found == tags and words.strip().removeprefix("see ") == once, (front, safe)
+    table = pd.DataFrame({text: [text, "b"], "n": [1, 2]}, index=pd.Index([text, "0012"], name="case"))
+    words, found = rendered(display.table_markdown(table))
+    cells = [cell.strip() for cell in words.split("\n") if cell.strip()]
+    assert cells == ["case", once, "n", once, once, "1", "0012", "b", "2"] and set(found) <= {"table", "colgroup", "col", "thead", "tr", "th", "tbody", "td"}
+    facts = display.facts_html({text: text})
+    assert re.findall(r"<(\w+)", facts) == ["table", "tr", "th", "td"] and html.unescape(re.sub("<[^>]+>", " ", facts)).split() == 2 * once.split()
+    assert re.findall(r'alt="([^"]*)"', display.png_html(np.zeros((2, 2), np.uint8), text)) == [display.html_text(text)]
+
+
+def test_numbers_and_names_of_digits_keep_their_looks():
+    table = pd.DataFrame({"patient": ["007", "1e5"], "Dice": [0.123456, 1.0]})
+    assert "| 007 " in display.table_markdown(table, index=False, floatfmt=".2f") and "| 1e5 " in display.table_markdown(table)
+    assert "|   0.12 |" in display.table_markdown(table, index=False, floatfmt=".2f")
+
+
+def test_a_long_name_keeps_its_ends():
+    assert display.plain_text("a" * 100 + "b" * 100, 11) == "aaaaa…bbbbb" and display.plain_text("abc", 3) == "abc"
+
+
+@pytest.mark.parametrize("text", ["$x_{$", "two\nlines", "<b>x</b>", "x" * 500])
+def test_the_viewer_takes_names_from_outside(head, phantom, text):
+    looked = view(head, {text: phantom.blood}, static=True, title=text)
+    assert Image.open(io.BytesIO(looked.sheet())).size[0] == 6 * 130
+    words = slider(looked).children[2].value
+    assert re.findall(r"<(\w+)", words) == ["b"] and html.unescape(re.sub("<[^>]+>", "", words)).count(display.plain_text(text)) == 1
 
 
 def test_colours_are_the_figures():

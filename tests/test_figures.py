@@ -1,18 +1,25 @@
 """Every figure on small, large and broken tables: drawn whole, readable, with its note, the same bytes twice."""
+import re
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
+from xml.etree import ElementTree
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
+from sahlora.claims import REVISION
+from sahlora.ct import HeadCT
+from sahlora.display import plain_text
 from sahlora.figures import (COLUMN, NOTE, PAGE, amounts, best_median_worst, cohort_sheet, dice_by_parameters, dice_by_strategy,
                              dice_by_volume, family, few, label, learning_curves, ledger, look, overlays, save_figure, study_overview,
                              volume_agreement)
 from sahlora.figures.style import nothing, parts
+from sahlora.prediction.sheet import overlay_sheet
 
 METHODS = ("lora-c", "convlora", "cp-lora", "dora-c", "convdora", "cp-dora")
 REGIONS = {"shallow": 46_785, "deep": 46_464, "encoding": 46_944, "decoding": 101_985, "all": 232_737}
@@ -288,6 +295,36 @@ def test_ledger_says_every_verdict_in_words_and_gives_every_claim_an_axis_of_its
     assert {"no effect to show", "ρ = 0.62, n = 30\n(0.30 to 0.80)"} <= set(words(fig))
     assert [ax.get_xlim()[1] for ax in fig.axes] == pytest.approx([0.192, 0.072, 1, 0.048, 0.1])
     assert -0.03 in [line.get_xdata()[0] for line in fig.axes[3].lines]
+
+
+def test_a_verdict_under_revision_has_its_reason_in_the_figure():
+    claims = [{**claim, "verdict": "under revision", "reason": REVISION} if claim["number"] in (2, 4, 5) else claim for claim in LARGE.claims]
+    said = words(ledger(claims))
+    assert said.count("under revision") == 3 and f"under revision: {REVISION}" in said
+    assert not {"contradicted", "inconclusive", "not tested"} & set(said)
+    assert "2 supported\n3 under revision" in words(study_overview(LARGE.results(claims=claims)))
+    assert not any("revision" in one for one in words(ledger(LARGE.claims)))
+
+
+OUTSIDE = ("$x_{$", "<script>alert(1)</script>", "a|b", "two\nlines", "\u202etxt\x07", "x" * 500, "\\frac{$1$", "-->")
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_names_from_outside_are_drawn_as_text(name, tmp_path):
+    "A dollar sign starts a formula in matplotlib, and a name of 500 letters would push the pictures out."
+    planes = pictures(["none", "cp-lora-r8-decoding"], 1)
+    overlay = {run: {name: next(iter(patients.values()))} for run, patients in planes.items()}
+    row = sheet(2)["source"]
+    figs = {"sheet": cohort_sheet({"source": [(name, *row[0][1:]), row[1]]}), "overlay": overlays(overlay, titles={name: f"{name} (fit)"}),
+            "slices": overlay_sheet(HeadCT(np.zeros((32, 40, 3)), np.diag([-1.0, -1, 5, 1])), np.zeros((32, 40, 3)), name)}
+    FigureCanvasAgg(figs["slices"])
+    for kind, fig in figs.items():
+        check_whole(fig)
+        shown = [one for one in words(fig) if one.startswith(plain_text(name)[:12])]
+        assert len(shown) == 1 and "\n" not in shown[0] and (len(name) > 20 or shown[0].startswith(plain_text(name)))
+        content = save_figure(fig, tmp_path / f"{kind}.svg").read_text()
+        ElementTree.fromstring(content)
+        assert "<script" not in re.sub("<!--.*?-->", "", content, flags=re.S)
 
 
 def test_agreement_chooses_by_the_rule_and_means_over_seeds():

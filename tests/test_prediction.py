@@ -620,7 +620,7 @@ def test_finished_cases_are_skipped_and_stay_in_the_table(scans, model, tmp_path
     assert run(scans, model, out).skipped == 3 and (out / "cases.csv").read_bytes() == table
 
 
-@pytest.mark.parametrize("options,words", [({"threshold": 0.3}, "threshold 0.5 .now 0.3.*--overwrite"), ({"tta": True}, "tta"),
+@pytest.mark.parametrize("options,words", [({"threshold": 0.3}, "threshold was 0.5, is 0.3.*--overwrite"), ({"tta": True}, "tta"),
                                            ({"save_probabilities": True}, "save_probabilities"),
                                            ({"window": (0.0, 80.0)}, "read"), ({"precision": "fp32"}, "precision")])
 def test_other_options_into_the_same_place_are_refused(scans, model, tmp_path, options, words):
@@ -636,7 +636,7 @@ def test_another_model_another_scan_and_overwriting(scans, model, tmp_path, phan
     save_network(other, lively(Unet(levels=2, width=4), seed=5))
     run(scans, model, out)
     before = listing(out)
-    with pytest.raises(ValueError, match="made with another model.*--overwrite"):
+    with pytest.raises(ValueError, match="one: was made with other settings .model was .*--overwrite"):
         run(scans, other, out)
     with pytest.raises(ValueError, match="take another --out"):
         run(scans / "one.nii.gz", other, out, overwrite=True)  # the other two would stay: two models in one table
@@ -662,7 +662,7 @@ def test_an_adapter_is_part_of_what_made_a_result(scans, net, model, tmp_path):
                      for name, adapter in (("plain", None), ("merged", tmp_path / "a.safetensors")))
     assert merged == pytest.approx(predict_scan(adapted, read_ct(scan), precision="fp32").soft_ml, rel=1e-4)
     assert abs(plain - merged) > 1e-3 * plain
-    with pytest.raises(ValueError, match="made with another adapter"):
+    with pytest.raises(ValueError, match="other settings .adapter was None"):
         run(scan, model, tmp_path / "plain", adapter=tmp_path / "a.safetensors", precision="fp32")
     assert read_json(tmp_path / "merged/run.json")["files"]["adapter"].endswith("a.safetensors")
 
@@ -729,6 +729,7 @@ def test_a_batch_goes_on_past_bad_cases(scans, model, tmp_path):
     assert set(result.errors) == {"gone", "three"} and "three.nii.gz" in result.errors["three"]
     assert "leads back to itself" in table.error["gone"] and (out / "cases.csv").read_text().count("\n") == 5
     assert not (out / "three").exists() and read_json(out / "run.json")["counts"]["failed"] == 2
+    assert set(run(scans, model, out).errors) == {"gone", "three"}, "a scan that can not be read keeps its name"
     (scans / "gone.nii.gz").unlink()
     write_nifti(scans / "three.nii.gz", *[nib.load(scans / "one.nii.gz").get_fdata().astype(np.int16), np.diag([-1, -1, 5, 1.0])])
     again = run(scans, model, out)
@@ -828,7 +829,7 @@ def test_a_cohorts_grey_values_and_unknown_spacing(scans, model, tmp_path, phant
     assert ["spacing is not known" in words for words in result.table.warnings] == [True, False]
     assert run(scans, model, tmp_path / "out").skipped == 2
     (scans / "cohort.csv").write_text(table.replace("-20,100", "-10,100"))
-    with pytest.raises(ValueError, match="out/a: made when the cohort said something else"):
+    with pytest.raises(ValueError, match="out/a: was made when the cohort said something else"):
         run(scans, model, tmp_path / "out")
     again = run(scans, model, tmp_path / "out", overwrite=True)
     assert (again.done, again.skipped) == (1, 1)
@@ -1282,7 +1283,7 @@ def test_cases_of_0_1_0_are_gone_on_with(scans, model, tmp_path):
     before = inside(out)
     again = run(scans, model, out)
     assert (again.done, again.skipped) == (2, 1) and before.items() <= inside(out).items()
-    with pytest.raises(ValueError, match="out/one: made with threshold 0.5"):
+    with pytest.raises(ValueError, match="out/one: was made with other settings .threshold was 0.5, is 0.3"):
         run(scans, model, out, threshold=0.3)
     as_0_1_0(out)
     assert run(scans, model, out, threshold=0.3, overwrite=True).done == 3

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from sahlora.adapters import METHODS, adapt, read_adapter, save_adapter
-from sahlora.card import is_synthetic, model_card, volume_table, weight_facts
+from sahlora.card import is_synthetic, model_card, score_headings, scores_beside, volume_table, weight_facts
 from sahlora.cli import app
 from sahlora.cohort import make_phantom_cohort
 from sahlora.ct import read_ct, write_like
@@ -266,12 +266,54 @@ def test_a_card_of_a_real_adapter_on_a_synthetic_network(tmp_path):
     assert "trained on 1 patient. Procedural" in page and "> Not for clinical use" in page
 
 
+@pytest.mark.parametrize("text", ["<script>alert(1)</script>", "a|b", "![](http://x)", "`c` *d*", "two\n\n# lines"])
+def test_a_card_takes_the_words_of_a_file_as_text(tmp_path, text):
+    "Headers are written by others; a card is read as Markdown."
+    save_network(tmp_path / "model.safetensors", MultiViewUnet(levels=1), patients=["p1"], training={"precision": text, "steps": 5})
+    facts = weight_facts(tmp_path / "model.safetensors")
+    facts["network"] = {"name": text, "levels": text}
+    facts |= {"weights": text, "cohort": {"kind": text, "seed": text}}
+    adapter = {"method": text, "rank": 2, "where": text, "layers": 1, "numbers": 5, "patients": ["p2"], "cohort": None, "strategy": {}}
+    page = model_card(text, {**facts, "adapter": adapter})
+    made = pypandoc.convert_text(page, "html5", format="gfm")
+    tags = set(re.findall(r"<(\w+)", made)) - {"code"}
+    assert tags == {"h1", "h2", "blockquote", "p", "ul", "li"} and made.count("<h1") == 1 and made.count("<h2") == 6
+    assert html.unescape(re.sub("<[^>]+>", "", made)).count(plain_text(text).replace("`", "'")) + page.count("`") * 9 >= 8
+
+
+def test_a_card_shows_no_scores_of_another_run(tmp_path):
+    "An adapter that was put into a run's folder, and a table that was changed there."
+    cohort = make_phantom_cohort(tmp_path / "target", "asah", cases=3, seed=12, grid=(32, 40), slices=10)
+    for method in ("cp-lora", "lora-c"):
+        done = run("finetune", "--base", "phantom", "--cohort", cohort.folder, "--out", tmp_path / method, "--steps", 1, "--batch-size", 2,
+                   "--method", method, "--quiet")
+        assert done.exit_code == 0, done.output
+    adapter, model = tmp_path / "cp-lora/adapter-fold0.safetensors", WEIGHTS / "phantom.safetensors"
+    assert len(scores_beside(adapter)) == 1 and weight_facts(model, adapter)["adapter"]["strategy"]["method"] == "cp-lora"
+    shutil.copy(tmp_path / "lora-c/adapter-fold0.safetensors", adapter)
+    for call in (lambda: scores_beside(adapter), lambda: weight_facts(model, adapter)):
+        with pytest.raises(ValueError, match="adapter-fold0.safetensors: is not the file that record.json"):
+            call()
+    (tmp_path / "cp-lora/record.json").unlink()  # as version 0.1.0 left a folder
+    with pytest.raises(ValueError, match="is a lora-c adapter, but the run beside it trained cp-lora"):
+        weight_facts(model, adapter)
+    table = tmp_path / "lora-c/patients.csv"
+    table.write_text(table.read_text().replace("0.", "0.9", 1))
+    with pytest.raises(ValueError, match="patients.csv: is not the file that record.json"):
+        scores_beside(tmp_path / "lora-c/adapter-fold1.safetensors")
+
+
 def test_scores_by_volume():
     rows = pd.DataFrame({"volume_ml": [10.0, 20.0, 60.0, np.nan], "dice_soft": [0.2, 0.6, 0.8, 0.4], "dice_hard": [0.2, 0.6, 0.8, 0.4],
-                         "nsd_2mm": np.nan, "hd95_mm": np.nan})
+                         "nsd": np.nan, "hd95_mm": np.nan})
     lines = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:5]] for line in volume_table(rows).splitlines()}
     assert lines["<25"] == ["2", "0.40", "0.40"] and lines["50-100"] == ["1", "0.80", "0.80"] and lines["unknown"] == ["1", "0.40", "0.40"]
     assert lines["all"] == ["4", "0.50", "0.50"] and lines[">100"] == ["0", "-", "-"]
+    assert list(score_headings(rows).values()) == ["soft Dice", "Dice", "surface Dice", "HD95 in mm"]
+    assert score_headings(rows.assign(tolerance_mm=5.0))["nsd"] == "surface Dice, 5 mm" and "surface Dice, 5 mm" in volume_table(
+        rows.assign(tolerance_mm=5.0))
+    old = rows.drop(columns="nsd").assign(nsd_2mm=0.5)
+    assert "nsd" not in score_headings(old) and "urface" not in volume_table(old)
 
 
 # ---------------------------------------------------------------- bundles

@@ -352,12 +352,13 @@ def keep_names(cases: Mapping[str, Path], rows: Mapping[str, Mapping[str, Any]],
     "Scans by the names under which `rows` and `hashes` know them; others by names that are free."
     places = {name: os.path.realpath(row["source"]) for name, row in rows.items()}
     rest, named = dict(cases), dict[str, Path]()
-    for old, key_of in ((places, os.path.realpath), (hashes, input_hash)):
+    for old, key_of in ((places, os.path.realpath),
+                        (hashes, lambda path: input_hash(path) if os.access(path, os.R_OK) else "")):
         names = defaultdict(list)
         for name in sorted(old.keys() - named.keys()):
             names[old[name]].append(name)
         for name, path in list(rest.items()) if names else ():
-            if same := names[key_of(path) if os.access(path, os.R_OK) else ""]:
+            if same := names[key_of(path)]:
                 kept = name if name in same else same[0]
                 same.remove(kept)
                 named[kept] = rest.pop(name)

@@ -87,7 +87,7 @@ def overlay_sheet(ct: HeadCT, mask: np.ndarray, title: str = "", *, most: int = 
         ax.text(i % columns * w + 4, i // columns * h + 2, text, color="0.85", fontsize=6, va="top")
     for x, side in ((3, "R"), (w - 9, "L")):
         ax.text(x, h / 2, side, color="0.85", fontsize=6, va="center")
-    fig.text(4 / wide, 1 - 6 / (height + head + foot), plain_text(title, wide // 7), va="top", fontsize=8, parse_math=False)
+    fig.text(4 / wide, 1 - 6 / (height + head + foot), plain_text(title, wide // 8), va="top", fontsize=8, parse_math=False)
     fig.text(1 - 4 / wide, 4 / (height + head + foot), note, ha="right", fontsize=7, color="0.35")
     return fig
 
