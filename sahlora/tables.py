@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from .claims import RANKLESS
+from .display import plain_text
 from .evaluation import SCORES, summarize, surface_heading
 from .figures.style import label
 from .statistics import patient_scores
@@ -268,7 +269,8 @@ def patient_table(results: Mapping[str, Any]) -> pd.DataFrame:
     frame["patient"] += frame.role.map({"test": "", "fit": " (fit)"})
     frame["mL"] = frame.volume_ml.map(lambda ml: "unknown" if pd.isna(ml) else f"{ml:.1f}")
     wide = frame.pivot_table(index=["patient", "mL"], columns="strategy", values="dice_soft")
-    return wide.reindex(columns=names).map(number).rename(columns=label).rename_axis(columns=None).reset_index()
+    table = wide.reindex(columns=names).map(number).rename(columns=label).rename_axis(columns=None).reset_index()
+    return table.assign(patient=table.patient.map(lambda name: plain_text(name, 60)))
 
 
 def cohort_table(results: Mapping[str, Any]) -> pd.DataFrame:

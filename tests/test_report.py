@@ -1,16 +1,21 @@
 """Results, tables, figures and PDF of a report: from whole studies, from studies with holes, and from the committed files alone."""
 import contextlib
+import html
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 
+import nbformat
 import pandas as pd
 import pytest
 import yaml
 
 from sahlora import report, results, tables
+from sahlora.cohort import Cohort, make_phantom_cohort
+from sahlora.display import plain_text
 from sahlora.files import file_hash
 from sahlora.folds import kfold
 from sahlora.study import Study, expand_runs, make_cohort, network_of, read_study, strategy_of
@@ -504,3 +509,100 @@ def test_the_page_has_contents_figures_and_tables(page):
 
 def test_the_page_says_at_its_top_what_is_missing(page):
     assert 0 < page.index("none-s1 was not run to its end") < page.index("What may be concluded</h2>")
+
+
+# ---- words of others in report.html
+
+OUTSIDE = ("<script>document.title='x'</script>", "a|b", "$x_{$", "![](http://127.0.0.1:9/x.png)", "</title><script>document.title='y'</script>",
+           "=1+1", "x" * 400, "<img src=x onerror=document.title=1>", "[a](javascript:alert(1))", "two & \u202etxt")
+
+
+def outside_cohort(folder, kind, names, seed):
+    "A procedural cohort whose patients somebody else named."
+    made = make_phantom_cohort(folder, kind, len(names), seed=seed, grid=(24, 32))
+    made.table.assign(patient=list(names)).to_csv(folder / "cohort.csv", index=False)
+    return Cohort.read(folder)
+
+
+@pytest.fixture(scope="module")
+def foreign(project, study, tmp_path_factory):
+    "report.html of a study in which every word that a user can choose is meant to do harm."
+    folder = tmp_path_factory.mktemp("foreign")
+    source = outside_cohort(folder / "source", "tbi", ["<b>s</b>", *(f"s{k}" for k in range(4))], 3)
+    target = outside_cohort(folder / "target", "asah", OUTSIDE, 4)
+    spec = {role: {"layout": "folder", "path": str(folder / role)} for role in ("source", "target")}
+    plan = with_rows(study, **spec, networks={}, seeds=[0], runs=[{"method": "none"}, {"method": "cp-lora"}],
+                     title=OUTSIDE[4], note=f"{OUTSIDE[0]}\n\n# {OUTSIDE[3]}")
+    with contextlib.redirect_stdout(None):
+        pretrain(source, folder / "runs/pretrain", network_of(plan, ""), {"steps": 3, "batch_size": 4, "learning_rate": 3e-3, "seed": 0}, quiet=True)
+        run = expand_runs(plan)[0]
+        cross_validate(folder / "runs/pretrain/model.safetensors", target, strategy_of(run), kfold(target.patients, 2),
+                       folder / "runs/finetune" / run["id"], quiet=True)
+    failed = folder / "runs/finetune" / expand_runs(plan)[1]["id"]
+    failed.mkdir()
+    error = {"output_type": "error", "ename": "ValueError", "evalue": f"{OUTSIDE[0]} {OUTSIDE[1]} {OUTSIDE[2]}"}
+    (failed / "finetune.ipynb").write_text(json.dumps({"cells": [{"cell_type": "code", "outputs": [error]}], "metadata": {}}))
+    (folder / "plan.yaml").write_text(yaml.safe_dump(json.loads(plan.model_dump_json())))
+    subprocess.run(["papermill", "nbs/experiments/4_report.ipynb", str(folder / "report.ipynb"), "-k", "python3", "--no-progress-bar",
+                    "-p", "study", str(folder / "plan.yaml"), "-p", "runs", str(folder / "runs"), "-p", "out", str(folder / "report")],
+                   cwd=project, check=True, capture_output=True)
+    report.render_html(folder / "report.ipynb", folder / "report.html", plan.title)
+    report.render_pdf(folder / "report/results.json", folder / "paper.pdf")
+    return folder
+
+
+def test_words_of_others_are_text_in_the_page(foreign):
+    page = (foreign / "report.html").read_text()
+    assert not re.search(r"<script|<b>|<img(?! (role=\"img\" )?[^>]*src=\"data:)|onerror=(?!document.title=1&gt;)|href=\"(?!#)", page)
+    assert page.count("</title>") == 1 + page.count("<title>") - 1 and not (foreign / "x.png").exists()
+    text = html.unescape(re.sub(r"<[^>]+>", "", re.sub(r"<svg.*?</svg>", "", page, flags=re.S)))
+    for name in OUTSIDE:
+        assert plain_text(name, 60) in text, name
+    rows = re.findall(r"<tr>(.*?)</tr>", page[page.index('id="patients"'):page.index('id="provenance"')], re.S)
+    assert len(rows) == 1 + len(OUTSIDE) and {row.count("<td") for row in rows[1:]} == {3}
+
+
+def test_the_page_forbids_what_it_does_not_need(foreign):
+    page = (foreign / "report.html").read_text()
+    policy = re.search(r'<meta http-equiv="Content-Security-Policy" content="([^"]+)"', page)
+    assert policy and page.index("<head>") < policy.start() < page.index("<style") and policy.start() < page.index("<title")
+    rules = dict(rule.strip().split(" ", 1) for rule in policy[1].split(";"))
+    assert rules == {"default-src": "'none'", "img-src": "data:", "style-src": "'unsafe-inline'", "base-uri": "'none'", "form-action": "'none'"}
+
+
+def test_html_in_a_notebook_becomes_text_and_pictures_stay_here(tmp_path):
+    outputs = [nbformat.v4.new_output("display_data", {"text/markdown": "<script>document.title='x'</script> and ![cap](http://127.0.0.1:9/x.png)"}),
+               nbformat.v4.new_output("display_data", {"text/html": "<iframe src=x></iframe>", "text/plain": "a frame"})]
+    cells = [nbformat.v4.new_markdown_cell("---\nheader-includes: <script>1</script>\n---\n\n<div onclick=x>\n\ntext\n\n</div>"),
+             nbformat.v4.new_code_cell("", outputs=outputs)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "page.ipynb")
+    report.render_html(tmp_path / "page.ipynb", tmp_path / "page.html", "true\n<b>")
+    page = (tmp_path / "page.html").read_text()
+    assert not re.search("<(script|iframe|img|div)", page) and "&lt;script&gt;" in page and "cap" in page and "a frame" in page
+    assert "<title>true &lt;b&gt;</title>" in page
+
+
+def test_nothing_of_the_page_acts_in_a_browser(foreign):
+    "Figures, tables and formulas are seen; no error, no request, no change of the title."
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = os.environ.get("SAHLORA_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("needs Chromium: apt-get install chromium, or name one in SAHLORA_CHROMIUM")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page, said, asked = browser.new_page(), [], []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("dialog", lambda dialog: said.append(dialog.message))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((foreign / "report.html").as_uri())
+        widths = page.evaluate("[...document.querySelectorAll('img, svg')].map(one => one.getBoundingClientRect().width)")
+        counts = page.evaluate("['math', 'table', 'script'].map(tag => document.querySelectorAll(tag).length)")
+        title, styled = page.evaluate("[document.title, getComputedStyle(document.body).maxWidth]")
+        quiet, local = list(said), list(asked)
+        page.evaluate("const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s)")
+        ran = page.evaluate("window.ran")
+        browser.close()
+    assert quiet == [] and local == [(foreign / "report.html").as_uri()] and title == OUTSIDE[4]
+    assert len(widths) >= 5 and min(widths) > 100 and counts[0] >= 4 and counts[1] >= 5 and counts[2] == 0 and styled != "none"
+    assert ran is None and "Content Security Policy" in said[0], "a script that some gap let in would not run either"

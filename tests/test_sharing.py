@@ -1,5 +1,8 @@
 """What leaves the house: shipped models, model cards, MONAI bundles that give the same mask without sahlora."""
+import html
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pandas as pd
+import pypandoc
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -16,6 +20,7 @@ from sahlora.card import is_synthetic, model_card, score_headings, scores_beside
 from sahlora.cli import app
 from sahlora.cohort import make_phantom_cohort
 from sahlora.ct import read_ct, write_like
+from sahlora.display import plain_text
 from sahlora.evaluation import score_patient
 from sahlora.files import file_hash, load_tensors
 from sahlora.models import WEIGHTS, find_weights, make_models, read_recipe, shipped, shipped_table
@@ -277,8 +282,8 @@ def test_a_card_takes_the_words_of_a_file_as_text(tmp_path, text):
     page = model_card(text, {**facts, "adapter": adapter})
     made = pypandoc.convert_text(page, "html5", format="gfm")
     tags = set(re.findall(r"<(\w+)", made)) - {"code"}
-    assert tags == {"h1", "h2", "blockquote", "p", "ul", "li"} and made.count("<h1") == 1 and made.count("<h2") == 6
-    assert html.unescape(re.sub("<[^>]+>", "", made)).count(plain_text(text).replace("`", "'")) + page.count("`") * 9 >= 8
+    assert tags == {"h1", "h2", "blockquote", "p", "ul", "li"} and made.count("<h1") == 1 and made.count("<h2") == 7
+    assert html.unescape(re.sub("<[^>]+>", "", made)).count(plain_text(text)) >= 7
 
 
 def test_a_card_shows_no_scores_of_another_run(tmp_path):
