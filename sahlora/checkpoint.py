@@ -64,10 +64,10 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
             state.setdefault(int(number), {})[key] = tensor.detach()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
-# %% ../nbs/40_checkpoint.ipynb #ba4a7a94
+# %% ../nbs/40_checkpoint.ipynb #4ecb3510
 FORMAT = 2  # 1 was version 0.1.0, whose training drew and averaged otherwise
 
-
+# %% ../nbs/40_checkpoint.ipynb #ba4a7a94
 @dataclass(frozen=True)
 class Checkpoint:
     """Where a run is saved: `path`, and `previous` beside it. `facts`: what must be the same to go on (JSON)."""

@@ -138,7 +138,7 @@ def test_exit_codes_are_documented_and_kept(tmp_path):
     label.write_bytes(label.read_bytes()[:-8])
     assert run("cohort", "check", tmp_path / "c").exit_code == 1
     for words in (["cohort", "check", tmp_path / "none"], ["predict"], ["predict", "x", "--colour", "red"], ["nothing"],
-                  ["predict", tmp_path / "none.nii.gz", "--out", tmp_path / "m"], ["export", "--out", tmp_path]):
+                  ["predict", tmp_path / "none.nii.gz", "--out", tmp_path / "m"], ["export", "--threshold", "2", "--out", tmp_path / "b"]):
         assert run(*words).exit_code == 2, words
     for words in (("cohort", "check"), ("cohort", "import"), ("predict",), ("study", "run")):
         assert "Exit code 1" in re.sub(r"\s+", " ", run(*words, "--help").output), words
