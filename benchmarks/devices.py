@@ -16,7 +16,7 @@ import pandas as pd
 from adapters import shown, table, write
 from scipy.stats import spearmanr
 
-from sahlora.claims import Claim, Plan, judge
+from sahlora.claims import REVISION, Claim, Plan, judge
 from sahlora.figures.style import label
 from sahlora.files import read_json
 from sahlora.results import read_results, strategy_name, tested_rows
@@ -102,7 +102,7 @@ def main() -> None:
     scored = table(["strategy", "first", "second", "difference", "of a patient, mean", "largest"], lines)
     parts = ["# One study on two kinds of hardware", f"Made by `{command}`; how the second came about stands at the top of that file.",
              "\n".join(machines), summary,
-             "## Claims", "Verdict, effect and 95 % interval.", claims_table(*results, set(rows.index)), "## Scores", scored]  # fmt: skip
+             "## Claims", f"Verdict, effect and 95 % interval. Under revision: {REVISION}.", claims_table(*results, set(rows.index)), "## Scores", scored]  # fmt: skip
     write(options.out, "\n\n".join(parts) + "\n")
     print(options.out)
 

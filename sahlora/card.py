@@ -90,7 +90,7 @@ def volume_table(scores: pd.DataFrame) -> str:
     table.loc["all"] = [len(scores), *(scores[name].astype(float).mean() for name in columns)]
     table = table.rename(columns={"n": "patients", **columns}).rename_axis("mL of blood").astype({"patients": int})
     digits = [".1f" if name == "hd95_mm" else ".2f" for name in columns]
-    return table_markdown(table, floatfmt=("", ".0f", *digits), missingval="-").replace("nan", "-")
+    return table_markdown(table.reset_index(), floatfmt=("", ".0f", *digits), missingval="-").replace("nan", "-")
 
 # %% ../nbs/61_card.ipynb #7563a96e
 SYNTHETIC = "Synthetic data, no clinical claim."

@@ -53,12 +53,10 @@ def markdown_text(text: object) -> str:
 
 
 def table_markdown(table: "pd.DataFrame", **options: Any) -> str:
-    "A table as Markdown in which texts and headings stay what they are. `options` of DataFrame.to_markdown."
-    kinds = [table.index.dtype, *table.dtypes][0 if options.get("index", True) else 1:]
-    texts = [column for column, dtype in enumerate(kinds) if dtype.kind not in "biuf"]  # 0012 is a name, not 12
+    "A table's columns as Markdown in which texts and headings stay what they are. `options` of DataFrame.to_markdown."
+    texts = [column for column, dtype in enumerate(table.dtypes) if dtype.kind not in "biuf"]  # 0012 is a name, not 12
     safe = table.map(lambda cell: _cell(cell) if isinstance(cell, str) else cell).rename(columns=_cell)
-    safe.index = safe.index.map(lambda name: _cell(name) if isinstance(name, str) else name)
-    return safe.to_markdown(**{"disable_numparse": texts, **options})
+    return safe.to_markdown(index=False, disable_numparse=texts, **options)
 
 # %% ../nbs/04_display.ipynb #5794e165
 def facts_html(facts: Mapping[str, str]) -> str:

@@ -139,16 +139,12 @@ def surface_tolerance(edges_mm: Iterable[float], stated: float | None = None, na
 
     None where no edge is known and none is stated. Raises: ValueError where `stated` is below an edge.
     """
-    if not (edges := list(edges_mm)):
-        return stated
-    longest = max(edges)
+    longest = max(edges_mm, default=0.0)
     least = math.ceil(10 * (longest - TIE_MM)) / 10
-    if stated is None:
-        return least
-    if not stated >= longest - TIE_MM:
+    if stated is not None and not stated >= longest - TIE_MM:
         raise ValueError(f"{name}: the surface tolerance of {stated:g} mm is below the longest voxel edge, {longest:g} mm; "
                          f"state {least:g} mm or more")
-    return stated
+    return stated or least or None
 
 # %% ../nbs/50_evaluation.ipynb #20288cc7
 def surface_dice(hard: np.ndarray, t: np.ndarray, edges_mm: tuple[float, float, float], tolerance_mm: float) -> float:

@@ -170,7 +170,7 @@ def markdown_table(table: pd.DataFrame, otherwise: str = "") -> None:
     "Display a table of texts, or a sentence where it has no rows."
     from IPython.display import Markdown, display
 
-    display(Markdown(table_markdown(table, index=False, disable_numparse=True) if len(table) else otherwise))
+    display(Markdown(table_markdown(table) if len(table) else otherwise))
 
 # %% ../nbs/71_report.ipynb #3e5d1058
 _CSS = """body{max-width:60rem;margin:2rem auto;padding:0 1rem;font:16px/1.5 system-ui,sans-serif;color:#1a1a1a;overflow-wrap:break-word}

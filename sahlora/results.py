@@ -376,7 +376,7 @@ def write_results(study: Study, folder: str | Path, out: str | Path, overwrite: 
             _write_report(study, folder, Path(out), results)
         write_json(Path(out) / "cost.json", cost)  # the same results cost something else each time
         with atomic_path(Path(out) / "cost.md") as temporary:
-            temporary.write_text(table_markdown(cost_table(cost), index=False, disable_numparse=True) + "\n", encoding="utf-8")
+            temporary.write_text(table_markdown(cost_table(cost)) + "\n", encoding="utf-8")
     return results
 
 

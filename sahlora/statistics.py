@@ -338,7 +338,7 @@ class Comparisons(Result):
                                            "p_holm", "significant", "note"])
 
     def _repr_markdown_(self) -> str:
-        return table_markdown(self.table(), index=False, floatfmt=".3g")
+        return table_markdown(self.table(), floatfmt=".3g")
 
 # %% ../nbs/51_statistics.ipynb #c36a0de4
 def compare(scores: pd.DataFrame, pairs: Sequence[tuple[str, str]], alpha: float = 0.05) -> Comparisons:

@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from os.path import relpath
 from pathlib import Path
+from urllib.parse import quote
 
 import nbformat
 import pypandoc
@@ -221,9 +222,9 @@ def _relink(text: str, page: Page, up: str, out: Path) -> str:
 def _listing(path: Path, copy: Path, out: Path) -> str:
     "A folder of the project as a page of links to copies of its files."
     shutil.copytree(path, out / copy, dirs_exist_ok=True)
-    rows = "".join(f'<li><a href="{name}">{name}</a></li>' for name in sorted(
+    rows = "".join(f'<li><a href="{html.escape(quote(name))}">{html.escape(name)}</a></li>' for name in sorted(
         item.relative_to(path).as_posix() for item in path.rglob("*") if item.is_file()))
-    (out / copy / "index.html").write_text(f"<!doctype html><meta charset=utf-8><title>{path.name}</title><ul>{rows}</ul>")
+    (out / copy / "index.html").write_text(f"<!doctype html><meta charset=utf-8><title>{html.escape(path.name)}</title><ul>{rows}</ul>")
     return (copy / "index.html").as_posix()
 
 

@@ -4,6 +4,8 @@ import json
 import pytest
 
 from sahlora import report, results, study
+from sahlora.claims import REVISION
+from sahlora.outputs import RECORD
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,16 @@ def test_conclusions_follow_from_the_patients(project, committed):
     assert not wrong
 
 
+def test_no_surface_score_by_counted_voxels_is_left(project, committed):
+    said = [(project / f"paper/results/{name}").read_text() for name in ("results.json", "patients.csv")] + [json.dumps(committed)]
+    assert not any("nsd" in text for text in said)
+
+
+def test_claims_under_revision_have_no_verdict(committed):
+    revised = [claim for claim in committed["claims"] if claim["number"] in (2, 4, 5)]
+    assert all(claim["verdict"] == "under revision" and REVISION in claim["sentence"] for claim in revised)
+
+
 def test_what_it_cost_is_told_run_by_run(project, committed):
     cost = json.loads((project / "paper/results/cost.json").read_text())
     assert set(cost) == {"pretrain", *(run["id"] for run in committed["runs"])}
@@ -48,5 +60,7 @@ def test_figures_and_paper_come_out_of_the_numbers_byte_by_byte(project, tmp_pat
     report.draw_figures(project / "paper/results", tmp_path / "figures")
     report.render_pdf(project / "paper/results/results.json", tmp_path / "paper.pdf", figures=tmp_path / "figures")
     kept, drawn = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in (project / "paper/figures", tmp_path / "figures"))
+    for record in (kept.pop(RECORD), drawn.pop(RECORD)):  # it names the version, which a release changes
+        assert set(json.loads(record)["files"]) == set(kept)
     assert set(kept) == set(drawn) and not [name for name in kept if kept[name] != drawn[name]]
     assert (project / "paper/paper.pdf").read_bytes() == (tmp_path / "paper.pdf").read_bytes()

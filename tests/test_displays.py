@@ -71,7 +71,7 @@ def test_words_from_outside_stay_text(text):
     for front, tags in (("", ["p"]), ("> ", ["blockquote", "p"]), ("- ", ["ul", "li"]), ("# ", ["h1"]), ("*see* ", ["p", "em"])):
         words, found = rendered(front + safe)
         assert found == tags and words.strip().removeprefix("see ") == once, (front, safe)
-    table = pd.DataFrame({text: [text, "b"], "n": [1, 2]}, index=pd.Index([text, "0012"], name="case"))
+    table = pd.DataFrame({"case": [text, "0012"], text: [text, "b"], "n": [1, 2]})
     words, found = rendered(display.table_markdown(table))
     cells = [cell.strip() for cell in words.split("\n") if cell.strip()]
     assert cells == ["case", once, "n", once, once, "1", "0012", "b", "2"] and set(found) <= {"table", "colgroup", "col", "thead", "tr", "th", "tbody", "td"}
@@ -82,8 +82,8 @@ def test_words_from_outside_stay_text(text):
 
 def test_numbers_and_names_of_digits_keep_their_looks():
     table = pd.DataFrame({"patient": ["007", "1e5"], "Dice": [0.123456, 1.0]})
-    assert "| 007 " in display.table_markdown(table, index=False, floatfmt=".2f") and "| 1e5 " in display.table_markdown(table)
-    assert "|   0.12 |" in display.table_markdown(table, index=False, floatfmt=".2f")
+    assert "| 007 " in display.table_markdown(table, floatfmt=".2f") and "| 1e5 " in display.table_markdown(table)
+    assert "|   0.12 |" in display.table_markdown(table, floatfmt=".2f")
 
 
 def test_a_long_name_keeps_its_ends():

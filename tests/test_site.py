@@ -13,6 +13,8 @@ import nbformat
 import pytest
 import render_site
 
+from sahlora.claims import REVISION
+
 
 class Links(HTMLParser):
     "Anchors and links of a page."
@@ -65,6 +67,28 @@ def test_a_dead_link_is_found(tmp_path):
     (tmp_path / "a.html").write_text('<a href="b.html">b</a><a href="#no">no</a><img src="//example.org/x.png"><a href="a.html">ok</a>')
     assert [line.partition(": ")[2] for line in dead_links(tmp_path)] == [
         "b.html is not there", "#no: no such anchor", "//example.org/x.png is loaded from a network"]
+
+
+def test_names_of_files_are_text_in_a_listing(tmp_path):
+    folder = tmp_path / "a&b"
+    folder.mkdir()
+    for name in ("<b>x<!--", "a#b.txt"):
+        (folder / name).touch()
+    url = render_site._listing(folder, Path("files/a&b"), tmp_path / "site")
+    page = Links(text := (tmp_path / "site" / url).read_text())
+    assert sorted(unquote(link) for _, link in page.links) == ["<b>x<!--", "a#b.txt"] and "<b>" not in text and "a&amp;b</title>" in text
+
+
+def test_no_verdict_under_revision_stands_on_a_page_without_it(site):
+    "Wherever the committed study's claims are listed, in tables and in pictures' captions."
+    for page in ("index.html", "tutorials/results.html"):
+        text = (site[0] / page).read_text()
+        rows = [re.sub("<[^>]+>", " ", row) for row in re.findall("<tr>.*?</tr>", text, re.S) if re.search(r"<td[^>]*>\s*[1-5]\. ", row)]
+        assert len(rows) == 5
+        for row in rows:
+            number = int(row.split()[0][0])
+            assert ("under revision" in row and REVISION in row) == (number in (2, 4, 5))
+            assert number in (1, 3) or not re.search("supported|contradicted|inconclusive", row)
 
 
 def test_every_notebook_is_a_page_with_its_title_and_pictures(site, project):

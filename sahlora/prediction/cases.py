@@ -392,7 +392,7 @@ def _is_whole(run: _Run, folder: Path, record: Mapping[str, Any], source: Path |
     if problem and not (overwrite and source):
         fix = "redo it with --overwrite, or take" if source else "take"
         raise ValueError(f"{folder}: {problem}; {fix} another --out")
-    return not problem and all((folder / name).exists() for name in record["files"])
+    return not problem and all((folder / name).is_file() for name in record["files"])
 
 # %% ../../nbs/60_prediction.cases.ipynb #0b33d304
 def _begin(run: _Run, cases: Mapping[str, Path], overwrite: bool) -> tuple[int, dict[str, Path]]:
