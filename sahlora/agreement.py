@@ -18,15 +18,13 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from .statistics import FEW, Interval, Result, complete, hodges_lehmann, signed_rank_tails, too_few
+from .statistics import FEW, Finding, Interval, complete, hodges_lehmann, signed_rank_tails, too_few
 
 # %% ../nbs/51_agreement.ipynb #ef4f0a01
 @dataclass(frozen=True)
-class Equivalence(Result):
+class Equivalence(Finding):
     "x less y against a margin; p_lower: not worse by the margin, p_upper: not better by it, p_worse: worse by more."
 
-    n: int
-    dropped: int
     margin: float
     difference: float | None
     interval: Interval
@@ -36,7 +34,6 @@ class Equivalence(Result):
     p: float | None
     noninferior: bool | None
     equivalent: bool | None
-    note: str = ""
 
 # %% ../nbs/51_agreement.ipynb #03887ac2
 def equivalence(x: ArrayLike, y: ArrayLike, margin: float, alpha: float = 0.05) -> Equivalence:
@@ -51,22 +48,19 @@ def equivalence(x: ArrayLike, y: ArrayLike, margin: float, alpha: float = 0.05) 
     d, n = np.round(one - other, 12), len(one)
     difference, interval = hodges_lehmann(d, 1 - 2 * alpha)
     if n <= FEW:
-        return Equivalence(n, dropped, margin, difference, None, None, None, None, None, None, None, too_few(n))
+        return Equivalence(n, dropped, margin, difference, None, None, None, None, None, None, None, note=too_few(n))
     (lower, worse), upper = signed_rank_tails(d + margin), signed_rank_tails(d - margin)[1]
     p = max(lower, upper)
     return Equivalence(n, dropped, margin, difference, interval, lower, upper, worse, p, lower < alpha, p < alpha)
 
 # %% ../nbs/51_agreement.ipynb #90111ac1
 @dataclass(frozen=True)
-class Correlation(Result):
+class Correlation(Finding):
     "Spearman's rho; `p` is two-sided."
 
-    n: int
-    dropped: int
     rho: float | None
     interval: Interval
     p: float | None
-    note: str = ""
 
 
 @lru_cache(maxsize=4)
@@ -80,41 +74,34 @@ def _exact_p(rx: np.ndarray, ry: np.ndarray) -> float:
     rx, ry = rx - rx.mean(), ry - ry.mean()
     return float((np.abs(rx[_orders(len(rx))] @ ry) >= abs(rx @ ry) - 1e-9).mean())
 
-
-def _t_p(rho: float, n: int) -> float:
-    "Two-sided p value of a rank correlation by Student's t with n - 2 degrees of freedom."
-    return float(2 * stats.t.sf(abs(rho) * math.sqrt((n - 2) / max(1 - rho ** 2, 1e-300)), n - 2))
-
 # %% ../nbs/51_agreement.ipynb #eef819c4
 def spearman(x: ArrayLike, y: ArrayLike, level: float = 0.95) -> Correlation:
     "Spearman's rank correlation with interval; p exact up to n = 9, then by t. Raises: ValueError for unequal lengths."
     (one, other), dropped = complete(x, y)
-    n, rx, ry = len(one), stats.rankdata(one), stats.rankdata(other)
-    if n < 3 or np.ptp(rx) == 0 or np.ptp(ry) == 0:
-        return Correlation(n, dropped, None, None, None, f"n = {n}: too few" if n < 3 else "one column is constant")
-    rho = float(np.clip(np.corrcoef(rx, ry)[0, 1], -1, 1))
+    n = len(one)
+    if n < 3 or np.ptp(one) == 0 or np.ptp(other) == 0:
+        return Correlation(n, dropped, None, None, None, note=f"n = {n}: too few" if n < 3 else "one column is constant")
+    rho, p = map(float, stats.spearmanr(one, other))
     if n <= FEW:
-        return Correlation(n, dropped, rho, None, None, too_few(n))
-    p = _exact_p(rx, ry) if n <= 9 else _t_p(rho, n)
+        return Correlation(n, dropped, rho, None, None, note=too_few(n))
+    if n <= 9:
+        p = _exact_p(stats.rankdata(one), stats.rankdata(other))
     if abs(rho) > 1 - 1e-12:
-        return Correlation(n, dropped, rho, None, p, "all in one order: no interval")
+        return Correlation(n, dropped, rho, None, p, note="all in one order: no interval")
     half = stats.norm.ppf((1 + level) / 2) * math.sqrt((1 + rho ** 2 / 2) / (n - 3))
     low, high = np.tanh(np.arctanh(rho) + np.array([-half, half]))
     return Correlation(n, dropped, rho, (float(low), float(high)), p)
 
 # %% ../nbs/51_agreement.ipynb #34715ca9
 @dataclass(frozen=True)
-class Trend(Result):
+class Trend(Finding):
     "Page's L; `p_rising`, `p_falling`: one-sided; `mean_rho`: the patients' mean correlation with the order."
 
-    n: int
-    dropped: int
     groups: int
     statistic: float | None
     mean_rho: float | None
     p_rising: float | None
     p_falling: float | None
-    note: str = ""
 
 
 def page_trend(scores: pd.DataFrame) -> Trend:
@@ -122,21 +109,19 @@ def page_trend(scores: pd.DataFrame) -> Trend:
     columns, dropped = complete(*scores.to_numpy(float).T)
     n, k = len(columns[0]), len(columns)
     if k < 3 or n < 2:
-        return Trend(n, dropped, k, None, None, None, None, "Page's test needs three columns and two patients")
+        return Trend(n, dropped, k, None, None, None, None, note="Page's test needs three columns and two patients")
     data = np.transpose(columns)
     orders = range(1, k + 1), range(k, 0, -1)
     rising, falling = (stats.page_trend_test(data, predicted_ranks=order) for order in orders)
     rho = 12 * rising.statistic / (n * k * (k ** 2 - 1)) - 3 * (k + 1) / (k - 1)
     up, down = (float(rising.pvalue), float(falling.pvalue)) if n > FEW else (None, None)
-    return Trend(n, dropped, k, float(rising.statistic), float(rho), up, down, too_few(n))
+    return Trend(n, dropped, k, float(rising.statistic), float(rho), up, down, note=too_few(n))
 
 # %% ../nbs/51_agreement.ipynb #fb87dc9e
 @dataclass(frozen=True)
-class BlandAltman(Result):
+class BlandAltman(Finding):
     "Predicted less annotated; `slope`: of the difference on the mean (proportional bias)."
 
-    n: int
-    dropped: int
     bias: float | None = None
     bias_interval: Interval = None
     sd: float | None = None
@@ -147,7 +132,6 @@ class BlandAltman(Result):
     slope: float | None = None
     slope_interval: Interval = None
     slope_p: float | None = None
-    note: str = ""
 
 
 def _limit(n: int, factor: float, level: float, exact: bool) -> tuple[float, float]:
@@ -171,32 +155,25 @@ def bland_altman(predicted: ArrayLike, annotated: ArrayLike, level: float = 0.95
     n, d, mean = len(x), np.round(x - y, 12), np.round((x + y) / 2, 12)
     if n < 3:
         return BlandAltman(n, dropped, float(d.mean()) if n else None, note=f"n = {n}: too few for limits")
-    bias, sd, t = float(d.mean()), float(d.std(ddof=1)), stats.t.ppf((1 + level) / 2, n - 1)
+    bias, sd = float(d.mean()), float(d.std(ddof=1))
+    t = float(stats.t.ppf((1 + level) / 2, n - 1))
     low, high = _limit(n, factor, level, exact)
-    facts = {"bias": bias, "bias_interval": (bias - t * sd / math.sqrt(n), bias + t * sd / math.sqrt(n)), "sd": sd,
+    facts: dict[str, Any] = {"bias": bias, "bias_interval": (bias - t * sd / math.sqrt(n), bias + t * sd / math.sqrt(n)), "sd": sd,
              "lower": bias - factor * sd, "lower_interval": (bias - high * sd, bias - low * sd),
              "upper": bias + factor * sd, "upper_interval": (bias + low * sd, bias + high * sd), "note": too_few(n)}
     if np.ptp(mean) > 0 and np.ptp(d) > 0:
         slope, _, _, p, error = map(float, stats.linregress(mean, d))
         half = float(stats.t.ppf((1 + level) / 2, n - 2)) * error
         facts |= {"slope": slope, "slope_interval": (slope - half, slope + half), "slope_p": p if n > FEW else None}
-    return BlandAltman(n, dropped, **_floats(facts))
-
-
-def _floats(facts: dict[str, Any]) -> dict[str, Any]:
-    "The same with plain floats in place of numpy's."
-    return {name: tuple(map(float, value)) if isinstance(value, tuple) else value for name, value in facts.items()}
+    return BlandAltman(n, dropped, **facts)
 
 # %% ../nbs/51_agreement.ipynb #63c5a558
 @dataclass(frozen=True)
-class Agreement(Result):
+class Agreement(Finding):
     "An agreement coefficient, 1 at most."
 
-    n: int
-    dropped: int
     value: float | None
     interval: Interval
-    note: str = ""
 
 
 def concordance(x: ArrayLike, y: ArrayLike, level: float = 0.95) -> Agreement:
@@ -204,12 +181,12 @@ def concordance(x: ArrayLike, y: ArrayLike, level: float = 0.95) -> Agreement:
     (one, other), dropped = complete(x, y)
     n = len(one)
     if n < 3 or np.ptp(one) == 0 or np.ptp(other) == 0:
-        return Agreement(n, dropped, None, None, f"n = {n}: too few" if n < 3 else "one column is constant")
+        return Agreement(n, dropped, None, None, note=f"n = {n}: too few" if n < 3 else "one column is constant")
     (sx, sy), shift = np.std([one, other], axis=1).tolist(), float(one.mean() - other.mean())
     sxy = float(((one - one.mean()) * (other - other.mean())).mean())
     c, r, u = 2 * sxy / (sx ** 2 + sy ** 2 + shift ** 2), sxy / (sx * sy), shift / math.sqrt(sx * sy)
     if n <= 3 or 1 - abs(c) < 1e-12 or abs(r) < 1e-12:
-        return Agreement(n, dropped, c, None, "no interval: too few, or nothing left to vary")
+        return Agreement(n, dropped, c, None, note="no interval: too few, or nothing left to vary")
     e = 1 - c ** 2
     variance = ((1 - r ** 2) * c ** 2 / (e * r ** 2) + 2 * c ** 3 * (1 - c) * u ** 2 / (r * e ** 2)
                 - c ** 4 * u ** 4 / (2 * r ** 2 * e ** 2)) / (n - 2)
@@ -229,12 +206,12 @@ def icc31(ratings: ArrayLike, level: float = 0.95) -> Agreement:
     x = np.stack(columns, axis=1)
     n, k = x.shape
     if n < 3 or not np.round(x - x.mean(axis=0), 12).any():
-        return Agreement(n, dropped, None, None, f"n = {n}: too few" if n < 3 else "the patients do not differ")
+        return Agreement(n, dropped, None, None, note=f"n = {n}: too few" if n < 3 else "the patients do not differ")
     rest = x - x.mean(axis=1, keepdims=True) - x.mean(axis=0) + x.mean()
     between, error = k * x.mean(axis=1).var(ddof=1), (rest ** 2).sum() / ((n - 1) * (k - 1))
     value = float((between - error) / (between + (k - 1) * error))
     if error <= 1e-20 * between:
-        return Agreement(n, dropped, value, None, "raters differ by a constant: no interval")
+        return Agreement(n, dropped, value, None, note="raters differ by a constant: no interval")
     q, df = (1 + level) / 2, (n - 1, (n - 1) * (k - 1))
     low, high = between / error / stats.f.ppf(q, *df), between / error * stats.f.ppf(q, *df[::-1])
     return Agreement(n, dropped, value, (float((low - 1) / (low + k - 1)), float((high - 1) / (high + k - 1))))

@@ -70,24 +70,15 @@ FORMAT = 2  # 1 was version 0.1.0, whose training drew and averaged otherwise
 # %% ../nbs/40_checkpoint.ipynb #ba4a7a94
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a run is saved: `path`, and `previous` beside it. `facts`: what must be the same to go on (JSON)."""
+    """Where a run is saved: `path`, and the one before beside it. `facts`: what must be the same to go on (JSON)."""
 
     path: Path
     facts: Mapping[str, Any]
 
     @property
-    def previous(self) -> Path:
-        "The one before."
-        return self.path.with_name(f"{self.path.stem}.previous{self.path.suffix}")
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        "Names of its files."
-        return tuple(path.name for path in (self.path, self.previous, self._new))
-
-    @property
-    def _new(self) -> Path:
-        return self.path.with_name(f"{self.path.stem}.new{self.path.suffix}")
+    def files(self) -> list[Path]:
+        "`path`, the one before, and the one that is being written."
+        return [self.path.with_name(f"{self.path.stem}{which}{self.path.suffix}") for which in ("", ".previous", ".new")]
 
     def save(self, step: int, net: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor]) -> None:
         "Save a run after `step` steps; `extra`: tensors the loop keeps besides. Raises: OSError, the last one untouched."
@@ -95,14 +86,15 @@ class Checkpoint:
         tensors, words = random_state(device)
         tensors |= {f"net.{name}": value for name, value in net.state_dict().items()} | optimizer_tensors(optimizer)
         tensors |= {f"extra.{name}": value for name, value in extra.items()}
-        save_tensors(self._new, tensors, {"format": FORMAT, "step": step, "facts": self.facts, "random": words})
-        if self.path.exists():
-            self.path.replace(self.previous)
-        self._new.replace(self.path)
+        path, previous, new = self.files
+        save_tensors(new, tensors, {"format": FORMAT, "step": step, "facts": self.facts, "random": words})
+        if path.exists():
+            path.replace(previous)
+        new.replace(path)
 
     def remove(self) -> None:
         "Forget the run; it is done."
-        for path in (self.path, self.previous, self._new):
+        for path in self.files:
             path.unlink(missing_ok=True)
 
 # %% ../nbs/40_checkpoint.ipynb #5fdf5ea0
@@ -111,7 +103,7 @@ def find_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str
 
     Raises: ValueError that names the difference when it belongs to another configuration, split or data.
     """
-    for path in (checkpoint.path, checkpoint.previous):
+    for path in checkpoint.files[:2]:
         if not path.exists():
             continue
         try:

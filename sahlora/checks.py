@@ -104,10 +104,8 @@ def attempt(action: Callable[..., Any], *arguments: Any) -> tuple[Any, list[str]
     "What an action returns and [], or None and what was wrong, in words (OSError, ValueError)."
     try:
         return action(*arguments), []
-    except OSError as error:
-        return None, [plain_words(error)]
-    except ValueError as error:
-        return None, [str(error)]
+    except (OSError, ValueError) as error:
+        return None, [plain_words(error) if isinstance(error, OSError) else str(error)]
 
 
 def grouped(notes: Iterable[tuple[str, str]]) -> tuple[str, ...]:
@@ -115,8 +113,7 @@ def grouped(notes: Iterable[tuple[str, str]]) -> tuple[str, ...]:
     cases = defaultdict(list)
     for case, text in notes:
         cases[text.removeprefix("warning: ")].append(case)
-    return tuple(f"{text} ({', '.join(who[:3])}{f' and {len(who) - 3} more' * (len(who) > 3)})"
-                 for text, who in cases.items())
+    return tuple(f"{text} ({some_of(who, 3)})" for text, who in cases.items())
 
 # %% ../nbs/13_checks.ipynb #e6fb8c02
 def placed_notes(affine: np.ndarray, shape: tuple[int, ...], name: str, known: bool) -> list[str]:
@@ -181,14 +178,13 @@ def _strays(cohort: Cohort) -> list[tuple[str, str]]:
             for path in visible(folder) if path.name.endswith((".nii", ".nii.gz")) and path not in named]
 
 
-def _twins(cohort: Cohort, voxels: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    "Problems (the same voxels under two patients) and notes (twice under one)."
-    scans = [Scan(str(cohort.folder), row.patient, row.case) for row in cohort.table.itertuples()]
+def _twins(folder: Path, scans: Iterable[tuple[str, Scan]]) -> tuple[list[str], list[tuple[str, str]]]:
+    "Problems (the same voxels under two patients) and notes (twice under one), from (hash, scan)."
     problems, notes = [], []
-    for group in _groups((hashed, scan) for hashed, scan in zip(voxels, scans) if hashed):
+    for group in _groups(scans):
         cases = ", ".join(f"{scan.case} (patient {scan.patient})" for scan in group)
         if len({scan.patient for scan in group}) > 1:
-            problems.append(f"{cohort.folder}: the same voxels under different patients: {cases}; keep one")
+            problems.append(f"{folder}: the same voxels under different patients: {cases}; keep one")
         else:
             notes.append((cases, "the same voxels twice"))
     return problems, notes
@@ -214,16 +210,16 @@ def check_cohort(folder: str | Path, progress: bool = False) -> CohortReport:
     Raises: FileNotFoundError without a cohort.csv, ValueError when the table itself is wrong.
     """
     cohort = Cohort.read(folder)
-    problems, notes, hashes = [], _strays(cohort), []
+    problems, notes, hashed = [], _strays(cohort), []
     sizes, bleeding = set(), set()
     for row in tqdm(list(cohort.table.itertuples()), "checking", disable=not progress, file=sys.stderr, ncols=88):
         scan, wrong, found, voxels = _check_image(cohort.folder / row.image, row)
         mask_wrong, mask_found, blood = _check_mask(cohort.folder / row.label, row, scan)
         problems += wrong + mask_wrong
         notes += [(row.case, note) for note in found + mask_found]
-        hashes.append(voxels)
+        hashed += [(voxels, Scan(str(cohort.folder), row.patient, row.case))] if scan else []
         sizes |= {"{} x {}".format(*scan.array.shape)} if scan else set()
         bleeding |= {row.patient} if blood else set()
-    twins, known = _twins(cohort, hashes)
+    twins, known = _twins(cohort.folder, hashed)
     notes += known + (_training_notes(cohort, sizes, bleeding) if not problems + twins else [])
     return CohortReport(cohort, tuple(problems + twins), grouped(notes))

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-from .agreement import Equivalence, Trend, equivalence, page_trend, spearman
+from .agreement import Trend, equivalence, page_trend, spearman
 from .display import markdown_text
 from .statistics import (Comparison, Comparisons, Interval, Paired, Result, compare, holm, paired,
                                 patient_scores, scored, smallest_difference)
@@ -67,7 +67,7 @@ class Plan(BaseModel):
 # %% ../nbs/52_claims.ipynb #1399d9e3
 @dataclass(frozen=True)
 class Evidence:
-    "Scores (patients, strategies); `parts`: method, rank, region per strategy; mL per patient; trainable parameters."
+    "Scores (patients, strategies); `parts`: method, rank, region and side (method-region) per strategy; mL per patient; trainable parameters."
 
     scores: pd.DataFrame
     parts: pd.DataFrame
@@ -113,6 +113,7 @@ def gather(patients: pd.DataFrame, trainable: Mapping[str, int], plan: Plan) -> 
     if (twice := parts.duplicated(keep=False)).any():
         names = ", ".join(parts.index[twice])
         raise ValueError(f"{names} share method, rank and region; pass the runs of one comparison")
+    parts["side"] = parts.method + parts.region.map(lambda region: f"-{region}" if region else "")
     volumes = rows.groupby("patient").volume_ml.max() if "volume_ml" in rows else pd.Series(dtype=float)
     wide = patient_scores(patients, plan.score)
     return Evidence(wide, parts, volumes.reindex(wide.index).astype(float), count_parameters(trainable))
@@ -122,9 +123,8 @@ def method_scores(evidence: Evidence, ranks: Sequence[int] = ()) -> pd.DataFrame
     "Scores (patients, methods), an adapter's `ranks` averaged (all, if empty); missing where one of them is."
     parts = evidence.parts
     kept = parts[parts["rank"].isna() | parts["rank"].isin(ranks)] if ranks else parts
-    names = kept.method + kept.region.map(lambda region: f"-{region}" if region else "")
     return pd.DataFrame({name: evidence.scores[list(group.index)].mean(axis=1, skipna=False)
-                         for name, group in kept.groupby(names, sort=False)}, index=evidence.scores.index)
+                         for name, group in kept.groupby("side", sort=False)}, index=evidence.scores.index)
 
 # %% ../nbs/52_claims.ipynb #cf5c6891
 VERDICTS = ("supported", "contradicted", "inconclusive", "not tested", "under revision")
@@ -253,18 +253,16 @@ def _sentence(verdict: str, reason: str, test: Paired, reference: float, subject
 def methods_of(evidence: Evidence, names: Sequence[str], region: str | None = None) -> list[str]:
     "Columns of `method_scores` for these methods, in one region or in all."
     parts = evidence.parts.loc[evidence.parts.method.isin(names)]
-    if region is not None:
-        parts = parts.loc[parts.region == region]
-    return list(dict.fromkeys(f"{method}-{at}" if at else method for method, at in zip(parts.method, parts.region)))
+    return list(dict.fromkeys(parts.side if region is None else parts.side[parts.region == region]))
 
 
 def claim_1(evidence: Evidence, plan: Plan) -> Claim:
     "Every fine-tuned method, in any region, against none."
     tuned = [name for name in methods_of(evidence, ["fine-tuning", *plan.adapters]) if name != plan.baseline]
     scores = method_scores(evidence)
-    lacking = [plan.baseline] if plan.baseline not in scores else [] if tuned else ["any fine-tuning"]
-    if lacking:
-        return not_tested(1, "signed-rank test of fine-tuning against none", f"{lacking[0]} was not run")
+    if plan.baseline not in scores or not tuned:
+        lacking = "any fine-tuning" if plan.baseline in scores else plan.baseline
+        return not_tested(1, "signed-rank test of fine-tuning against none", f"{lacking} was not run")
     other = "no fine-tuning" if plan.baseline == "none" else plan.baseline
     pairs = [(name, plan.baseline) for name in tuned]
     return one_beats_other(1, scores, pairs, "fine-tuning on the target", other, plan)
@@ -272,13 +270,11 @@ def claim_1(evidence: Evidence, plan: Plan) -> Claim:
 
 def claim_2(evidence: Evidence, plan: Plan) -> Claim:
     "The adapters of the plan's region against the standard fine-tuning fixed beforehand."
-    adapters = methods_of(evidence, plan.adapters, plan.region)
     scores = method_scores(evidence, plan.ranks)
-    adapters = [name for name in adapters if name in scores]
-    lacking = [] if plan.standard in evidence.scores else [plan.standard]
-    lacking += [] if adapters else ["any adapter of the plan"]
-    if lacking:
-        return not_tested(2, "signed-rank test of adapters against standard fine-tuning", f"{lacking[0]} was not run")
+    adapters = [name for name in methods_of(evidence, plan.adapters, plan.region) if name in scores]
+    if plan.standard not in evidence.scores or not adapters:
+        lacking = "any adapter of the plan" if plan.standard in evidence.scores else plan.standard
+        return not_tested(2, "signed-rank test of adapters against standard fine-tuning", f"{lacking} was not run")
     sides = scores[adapters].assign(**{plan.standard: evidence.scores[plan.standard]})
     return one_beats_other(2, sides, [(name, plan.standard) for name in adapters], "LoRA-based methods",
                            f"standard fine-tuning ({plan.standard})", plan)
@@ -405,15 +401,12 @@ def comparable(evidence: Evidence, plan: Plan) -> tuple[dict[str, Any], ...]:
     todo = [(kind, *pair) for kind, pairs in kinds.items() for pair in pairs]
     scores = evidence.scores
     tests = [equivalence(scores[one], scores[other], plan.margin, plan.alpha) for _, one, other in todo]
-    tests = [test if test.n >= plan.minimum else _without_p(test) for test in tests]
+    unknown: dict[str, Any] = dict.fromkeys(("p_lower", "p_upper", "p_worse", "p", "noninferior", "equivalent"))
+    tests = [test if test.n >= plan.minimum else replace(test, **unknown) for test in tests]
     adjusted = holm([test.p_worse for test in tests])
     return tuple({"kind": kind, "name": one, "than": other, "parameters": evidence.trainable.get(one),
                   "parameters_than": evidence.trainable.get(other), **asdict(test), "p_worse_holm": p}
                  for (kind, one, other), test, p in zip(todo, tests, adjusted))
-
-
-def _without_p(test: Equivalence) -> Equivalence:
-    return replace(test, p_lower=None, p_upper=None, p_worse=None, p=None, noninferior=None, equivalent=None)
 
 
 def lacking_pairs(entries: Sequence[Mapping[str, Any]], evidence: Evidence, plan: Plan) -> list[str]:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'BINS', 'check_name', 'Case', 'voxel_hash', 'compact', 'case_files', 'write_case', 'write_rows',
            'write_cohort', 'read_table', 'window_of', 'to_hu', 'check_grid', 'check_binary', 'Cohort', 'volume_bin',
-           'bin_counts', 'planned_bins', 'make_phantom_cohort', 'describe_cohort', 'scan_size', 'cohort_table',
-           'richest_slice', 'cohort_pictures', 'cohort_words', 'cohort_html']
+           'bin_counts', 'make_phantom_cohort', 'describe_cohort', 'scan_size', 'cohort_words', 'cohort_table',
+           'richest_slice', 'cohort_pictures', 'cohort_html']
 
 # %% ../nbs/12_cohort.ipynb #74de48e1
 import csv
@@ -32,12 +32,12 @@ import numpy as np
 import pandas as pd
 
 from .ct import HeadCT, read_nifti, write_nifti
-from .ct.check import is_hidden
+from .ct.check import check_hu, check_placed, is_hidden, some_of
 from .ct.nifti import Nifti
 from .display import MASK_COLOR, beside, facts_html, grey_slice, marked, png_html, shown_mask
 from .files import file_hash, object_hash, read_json, remove_folder, remove_leftovers, write_csv, write_json
 from .outputs import output_folder
-from .phantom import case_key, check_request, make_case, planned_ml
+from .phantom import case_key, check_request, make_case
 
 # %% ../nbs/12_cohort.ipynb #e267120a
 COLUMNS = ("case", "patient", "site", "image", "label", "intensity", "spacing", "blood_ml", "sha256", "voxels")
@@ -147,22 +147,12 @@ def read_table(path: str | Path) -> pd.DataFrame:
     return pd.DataFrame([values for _, values in lines[1:]], columns=names, dtype=str)
 
 # %% ../nbs/12_cohort.ipynb #bc61cbd4
-def _check_columns(path: Path, table: pd.DataFrame) -> None:
-    "Raises: ValueError that names `path` and what is missing in it, or stands in it twice."
-    if missing := [name for name in COLUMNS[:7] if name not in table]:
-        raise ValueError(f"{path}: column {', '.join(missing)} missing; it needs {', '.join(COLUMNS[:7])}")
-    if table.empty:
-        raise ValueError(f"{path}: holds no case; write one row per scan")
-    if repeated := table.case[table.case.duplicated()].tolist():
-        raise ValueError(f"{path}: case {repeated[0]!r} stands in it twice; give each scan a name of its own")
-
-
 def _check_row(folder: Path, row: Any) -> float:
     "A row's mL of blood, NaN where it says none. Raises: ValueError that says what is wrong in the row."
     check_name(row.case)
     window_of(row.intensity)
-    if not row.patient:
-        raise ValueError("has no patient; write it in")
+    if not row.patient or not f"{row.patient}{row.site}".isprintable():
+        raise ValueError("has no patient, or one or a site that can not be printed; write it in")
     if row.spacing not in ("known", "unknown"):
         raise ValueError(f"spacing {row.spacing!r} is neither known nor unknown")
     for name in (row.image, row.label):
@@ -180,7 +170,12 @@ def _read_table(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not there; a cohort is a folder with cohort.csv, images/ and labels/")
     table = read_table(path)
-    _check_columns(path, table)
+    if missing := [name for name in COLUMNS[:7] if name not in table]:
+        raise ValueError(f"{path}: column {', '.join(missing)} missing; it needs {', '.join(COLUMNS[:7])}")
+    if table.empty:
+        raise ValueError(f"{path}: holds no case; write one row per scan")
+    if repeated := table.case[table.case.duplicated()].tolist():
+        raise ValueError(f"{path}: case {repeated[0]!r} stands in it twice; give each scan a name of its own")
     table = table.assign(**{name: "" for name in COLUMNS[7:] if name not in table})
     volumes, uses = [], defaultdict(set)
     for row in table.itertuples():
@@ -204,7 +199,7 @@ def window_of(intensity: str) -> tuple[float, float] | None:
         low, high = map(float, limits.split(","))
     except ValueError:
         low = high = math.nan
-    if word != "window" or not -math.inf < low < high < math.inf:
+    if word != "window" or not -100_000 <= low < high <= 100_000:
         raise ValueError(f"intensity {intensity!r} is neither hu nor window:low,high in HU, such as window:-20,100")
     return low, high
 
@@ -235,23 +230,24 @@ def check_binary(mask: np.ndarray, name: str | Path) -> None:
     values, counts = np.unique(mask[(mask != 0) & (mask != 1)], return_counts=True)
     if len(values):
         found = [f"{value:g} ({count} voxels)" for value, count in zip(values, counts)]
-        words = ", ".join(found[:5]) + ", ..." * (len(found) > 5)
-        raise ValueError(f"{name}: not binary, holds {words} beside 0 and 1; import it with a map of its labels "
+        raise ValueError(f"{name}: not binary, holds {some_of(found, 5)} beside 0 and 1; import it with a map of its labels "
                          "(--labels)")
 
 # %% ../nbs/12_cohort.ipynb #7988eab2
-def _load_pair(folder: Path, image: str, label: str, intensity: str) -> tuple[HeadCT, np.ndarray]:
-    "One scan and its mask. Raises: ValueError that names the file whose content can not be right."
-    scan, mask = read_nifti(folder / image), read_nifti(folder / label)
-    check_grid(mask, scan, folder / label)
-    check_binary(mask.array, folder / label)
-    hu = to_hu(scan.array, intensity)
-    if bad := int((~np.isfinite(hu)).sum()):
-        raise ValueError(f"{folder / image}: {bad} voxels are not a number; fill them with air (-1000 HU)")
-    ct = HeadCT(hu, scan.affine, str(folder / image), notes=scan.notes)
+def _load_pair(folder: Path, row: Any) -> tuple[HeadCT, np.ndarray]:
+    "One scan and its mask, by its row. Raises: ValueError that names the file whose content can not be right."
+    path, label = folder / row.image, folder / row.label
+    scan, mask = read_nifti(path), read_nifti(label)
+    check_grid(mask, scan, label)
+    check_binary(mask.array, label)
+    check_hu(scan.array, str(path), window_of(row.intensity))
+    if row.spacing == "known":
+        check_placed(scan.affine, scan.array.shape, str(path))
+    ct = HeadCT(to_hu(scan.array, row.intensity), scan.affine, str(path), notes=scan.notes)
     return ct, np.ascontiguousarray(mask.array, dtype=np.uint8)
 
 # %% ../nbs/12_cohort.ipynb #dbf39aff
+@dataclass(frozen=True, repr=False)
 class _Listed:
     "What a cohort's table says."
 
@@ -276,12 +272,8 @@ class _Listed:
         return f"Cohort({len(self)} scans of {len(self.patients)} patients in {self.folder.name})"
 
 # %% ../nbs/12_cohort.ipynb #9b2e00fa
-@dataclass(frozen=True, repr=False)
 class Cohort(_Listed):
     "A cohort on disk: `folder`, and `table` with one row per scan (columns: COLUMNS, and whatever else it holds)."
-
-    folder: Path
-    table: pd.DataFrame
 
     @classmethod
     def read(cls, folder: str | Path) -> "Cohort":
@@ -297,7 +289,7 @@ class Cohort(_Listed):
     def __iter__(self) -> Iterator[tuple[str, HeadCT, np.ndarray]]:
         "(patient, HeadCT, mask (X, Y, Z) uint8) scan by scan, in the table's order."
         for row in self.table.itertuples():
-            yield row.patient, *_load_pair(self.folder, row.image, row.label, row.intensity)
+            yield row.patient, *_load_pair(self.folder, row)
 
     def _repr_html_(self) -> str:
         return cohort_html(self)
@@ -346,11 +338,6 @@ def bin_counts(volumes: Iterable[float]) -> dict[str, int]:
     "How many of some volumes (mL) lie in each bin, empty bins too; 'unknown' where there are any."
     found = [volume_bin(ml) for ml in volumes]
     return {name: found.count(name) for name in (*BINS, "unknown") if name in BINS or name in found}
-
-
-def planned_bins(kind: str, cases: int, seed: int) -> dict[str, int]:
-    "Scans by volume bin (BINS) that a cohort of the phantom asks for; nothing is built."
-    return bin_counts(planned_ml(kind, seed, cases))
 
 # %% ../nbs/12_cohort.ipynb #41ffd267
 def make_phantom_cohort(folder: str | Path, kind: str, cases: int, seed: int, grid: tuple[int, int] = (64, 80),
@@ -409,28 +396,31 @@ def _span(values: Iterable[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 # %% ../nbs/12_cohort.ipynb #e73b21b3
-def _facts(cohort: Cohort) -> dict[str, str]:
-    "One column of `cohort_table`."
+def _size_words(cohort: Cohort) -> dict[str, str]:
+    "Pixels, slices and mm, from the headers."
     sizes = [scan_size(cohort.folder / image) for image in cohort.table.image]
     (x, y, z), (across, down, up) = (np.array(column).T for column in zip(*sizes))
     known = (cohort.table.spacing == "known").to_numpy()
-    ml = cohort.table.blood_ml
-    bins = ml.map(volume_bin)
+    return {"pixels": f"{_span(x)} x {_span(y)}", "slices": _span(z),
+            "pixel mm": _span([*across[known], *down[known]]) if known.any() else "unknown",
+            "slice mm": _span(up[known]) if known.any() else "unknown"}
+
+
+def cohort_words(cohort: Cohort, sizes: bool = True) -> dict[str, str]:
+    "A cohort in words; its `sizes` stand in the headers, of which all are read. Raises: ValueError for a damaged one."
+    table, ml, counts = cohort.table, cohort.table.blood_ml, bin_counts(cohort.table.blood_ml)
     return {
         "scans": str(len(cohort)), "patients": str(len(cohort.patients)),
-        "sites": ", ".join(sorted(set(cohort.table.site))), "intensity": ", ".join(sorted(set(cohort.table.intensity))),
-        "pixels": f"{_span(x)} x {_span(y)}", "slices": _span(z),
-        "pixel mm": _span([*across[known], *down[known]]) if known.any() else "unknown",
-        "slice mm": _span(up[known]) if known.any() else "unknown",
+        "sites": ", ".join(sorted(set(table.site))), "intensity": ", ".join(sorted(set(table.intensity))),
+        **(_size_words(cohort) if sizes else {}),
         "blood mL": f"median {ml.median():.1f} ({ml.min():.1f} to {ml.max():.1f})" if ml.notna().any() else "unknown",
-        **{f"scans of {name} mL": str((bins == name).sum()) for name in BINS},
-        "scans of unknown mL": str((bins == "unknown").sum()),
+        **{f"scans of {name} mL": str(counts.get(name, 0)) for name in (*BINS, "unknown")},
     }
 
 
 def cohort_table(*cohorts: Cohort) -> pd.DataFrame:
-    "What is in each cohort, in words: scans, patients, sizes, mm, mL by bin. Raises: ValueError for a damaged header."
-    return pd.DataFrame([_facts(cohort) for cohort in cohorts], [str(cohort.folder.name) for cohort in cohorts]).T
+    "`cohort_words` of each cohort, one column for each. Raises: ValueError for a damaged header."
+    return pd.DataFrame([cohort_words(cohort) for cohort in cohorts], [str(cohort.folder.name) for cohort in cohorts]).T
 
 # %% ../nbs/12_cohort.ipynb #8a010671
 def richest_slice(mask: np.ndarray) -> int:
@@ -445,17 +435,6 @@ def cohort_pictures(cohort: Cohort, count: int = 5) -> list[tuple[str, np.ndarra
         k = richest_slice(mask)
         pictures.append((patient, np.clip(ct.hu[..., k].T / 80, 0, 1), mask[..., k].T))
     return pictures
-
-# %% ../nbs/12_cohort.ipynb #180e15b7
-def cohort_words(cohort: Cohort) -> dict[str, str]:
-    "What `cohort_html` says beside the pictures, from the table alone."
-    table, ml = cohort.table, cohort.table.blood_ml.dropna()
-    low, median, high = ml.quantile([0.25, 0.5, 0.75]) if len(ml) else (np.nan,) * 3
-    blood = f"median {median:.1f} mL, half between {low:.1f} and {high:.1f}, up to {ml.max():.1f}" if len(ml) else "unknown mL"
-    bins = ", ".join(f"{count} of {name} mL" for name, count in bin_counts(table.blood_ml).items() if count)
-    words = {name: ", ".join(sorted(set(table[name]))) for name in ("site", "intensity", "spacing")}
-    scans = f"{len(cohort)} of {len(cohort.patients)} patients"
-    return {"cohort": cohort.folder.name, "scans": scans, "blood": blood, "by volume": bins, **words}
 
 # %% ../nbs/12_cohort.ipynb #bb3de94d
 def _thumbnails(cohort: Cohort, count: int, width: int = 110) -> str:
@@ -478,4 +457,5 @@ def cohort_html(cohort: Cohort, pictures: int = 5, rows: int = 12) -> str:
     hidden = ["image", "label", "sha256", "voxels"]
     table = cohort.table.drop(columns=hidden, errors="ignore").head(rows).to_html(index=False, na_rep="unknown")
     more = f"<p>and {len(cohort) - rows} more</p>" if len(cohort) > rows else ""
-    return facts_html(cohort_words(cohort)) + _thumbnails(cohort, pictures) + table + more
+    facts = {"cohort": cohort.folder.name, **cohort_words(cohort, sizes=False)}
+    return facts_html(facts) + _thumbnails(cohort, pictures) + table + more

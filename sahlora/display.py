@@ -73,9 +73,9 @@ def png_bytes(picture: np.ndarray, colors: int | None = None) -> bytes:
     return buffer.getvalue()
 
 
-def png_html(picture: np.ndarray, alt: str) -> str:
+def png_html(picture: np.ndarray, alt: str, colors: int | None = None) -> str:
     "The same as an HTML image that holds its own PNG; `alt`: what it shows, for those who can not see it."
-    data = base64.b64encode(png_bytes(picture)).decode()
+    data = base64.b64encode(png_bytes(picture, colors)).decode()
     return f'<img alt="{html_text(alt)}" width="{picture.shape[1]}" height="{picture.shape[0]}" src="data:image/png;base64,{data}">'
 
 

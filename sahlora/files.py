@@ -113,21 +113,21 @@ def write_json(path: str | Path, content: object) -> None:
     """
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # of a path that is not UTF-8
 
 
 def read_json(path: str | Path) -> Any:
     "What `write_json` wrote. Raises: ValueError that names the file when it is not JSON."
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
         raise ValueError(f"{path}: not valid JSON ({error}); make it again") from error
 
 # %% ../nbs/01_files.ipynb #215a9d71
 def write_csv(path: str | Path, table: "pd.DataFrame") -> None:
     "Write a table as CSV without its index, whole or not at all."
     with atomic_path(path) as temporary:
-        table.to_csv(temporary, index=False)
+        table.to_csv(temporary, index=False, errors="backslashreplace")
 
 # %% ../nbs/01_files.ipynb #dec4cf79
 def file_hash(path: str | Path) -> str:
@@ -139,7 +139,7 @@ def file_hash(path: str | Path) -> str:
 def object_hash(content: object) -> str:
     "SHA-256 of an object's canonical JSON, as 64 hex digits."
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
 
 # %% ../nbs/01_files.ipynb #7f5ca745
 def save_tensors(path: str | Path, tensors: Mapping[str, "Tensor"], header: Mapping[str, Any]) -> None:

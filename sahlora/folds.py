@@ -18,7 +18,7 @@ import pandas as pd
 from sklearn.model_selection import KFold, StratifiedKFold
 
 from .checks import check_disjoint, check_voxels
-from .cohort import BINS, Cohort, volume_bin
+from .cohort import BINS, Cohort, bin_counts, volume_bin
 from .ct.check import some_of
 from .files import read_json, write_json
 
@@ -74,13 +74,21 @@ def stratified(volumes: Mapping[str, float], folds: int = 3, seed: int = 0) -> t
         return _draw(StratifiedKFold(folds, shuffle=True, random_state=seed), patients, bins), notes
 
 # %% ../nbs/16_folds.ipynb #bdbc82e6
-def inner_split(patients: Sequence[str], seed: int = 0, share: float = 0.25) -> tuple[list[str], list[str]]:
-    "(train, validation): about `share` of the patients set apart, one at least. Raises: ValueError for fewer than two."
-    if len(patients) < 2:
-        raise ValueError(f"an inner split needs two patients or more, there is {len(patients)}; fix the learning rate instead")
-    order = np.random.default_rng([seed, 7]).permutation(sorted(patients)).tolist()
+def inner_split(patients: Iterable[str], bleeding: Iterable[str], seed: int = 0,
+                share: float = 0.25) -> tuple[list[str], list[str]]:
+    """(train, validation): about `share` of the patients set apart, of those who are `bleeding` and of the others.
+
+    Raises: ValueError for fewer than two patients with blood, who are needed to learn from and to be scored.
+    """
+    bleeds, generator = set(bleeding) & set(patients), np.random.default_rng([seed, 7])
+    if len(bleeds) < 2:
+        raise ValueError(f"an inner split needs two patients with blood or more, there is {len(bleeds)}; fix the learning "
+                         "rate, and train without patience")
+    order = generator.permutation(sorted(bleeds)).tolist()
     count = min(len(order) - 1, max(1, round(share * len(order))))
-    return sorted(order[count:]), sorted(order[:count])
+    others = generator.permutation(sorted(set(patients) - bleeds)).tolist()
+    more = round(share * len(others))
+    return sorted(order[count:] + others[more:]), sorted(order[:count] + others[:more])
 
 # %% ../nbs/16_folds.ipynb #ec36ee0c
 def fewer(fold: Fold, count: int, seed: int = 0) -> Fold:
@@ -99,11 +107,16 @@ def check_folds(cohort: Cohort, folds: Sequence[Fold]) -> int:
     owner, voxels = dict(zip(cohort.table.case, cohort.table.patient)), cohort.voxels
     for number, fold in enumerate(folds):
         what = f"fold {number}: training and test"
+        if twice := [name for side in (fold.train, fold.test) for name in side if side.count(name) > 1]:
+            raise ValueError(f"fold {number}: names patient {twice[0]} twice; name each once")
         check_disjoint(fold.train, fold.test, what)
         if unknown := sorted({*fold.train, *fold.test} - set(cohort.patients)):
             raise ValueError(f"fold {number}: {cohort.folder} has no patient {', '.join(unknown)}")
         sides = [{case: voxels[case] for case in voxels if owner[case] in side} for side in (fold.train, fold.test)]
         check_voxels(sides[0], sides[1], what)
+    tested = [name for fold in folds for name in fold.test]
+    if again := sorted({name for name in tested if tested.count(name) > 1}):
+        raise ValueError(f"two folds test patient {again[0]}; test each patient once")
     return 0
 
 # %% ../nbs/16_folds.ipynb #8e1eb51c
@@ -163,6 +176,8 @@ def read_folds(path: str | Path, cohort: Cohort) -> list[Fold]:
         sides = [side for fold in folds for side in (fold.train, fold.test)]
         if not sides or not all(side and all(isinstance(name, str) for name in side) for side in sides):
             raise TypeError("each fold needs names of patients, to train on and to test on")
+        if not all(isinstance(fold.fit, bool) for fold in folds):
+            raise TypeError("fit is true or false")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a file of folds ({error!r} went wrong); delete it to draw anew") from error
     if changes:
@@ -201,7 +216,7 @@ def folds_table(cohort: Cohort, folds: Sequence[Fold]) -> pd.DataFrame:
     for fold in folds:
         ml = pd.Series([volumes[patient] for patient in fold.test], dtype=float)
         words = f"{ml.median():.1f} ({ml.min():.1f} to {ml.max():.1f})" if ml.notna().any() else "unknown"
-        bins = ml.map(volume_bin)
+        bins = bin_counts(ml)
         rows.append({"train": len(fold.train), "test": len(fold.test), "median mL (range)": words,
-                     **{f"{name} mL": int((bins == name).sum()) for name in BINS}})
+                     **{f"{name} mL": bins[name] for name in BINS}})
     return pd.DataFrame(rows).rename_axis("fold")

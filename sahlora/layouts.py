@@ -40,8 +40,22 @@ def _volumes(folder: Path, bare: bool = False) -> dict[str, Path]:
     return found
 
 # %% ../nbs/14_layouts.ipynb #799b6013
-def _paired(images: Path, masks: Path, bare: bool = False) -> dict[str, tuple[Path, Path]]:
-    "Name -> (image, mask). Raises: ValueError that lists files without a partner, FileNotFoundError without any."
+def _folder(source: Path, *names: str) -> Path | None:
+    "The one folder of `names` that is in `source`, else None. Raises: ValueError for several."
+    there = [source / name for name in names if (source / name).is_dir()]
+    if len(there) > 1:
+        raise ValueError(f"{source}: holds {' and '.join(path.name + '/' for path in there)}; keep the one that counts")
+    return there[0] if there else None
+
+
+def _paired(images: Path | None, masks: Path | None, case: Callable[[str], str] = str,
+            patient: Callable[[str], str] = str, bare: bool = False) -> list[Found] | None:
+    """Scans of a folder of images and one of masks, None unless both exist; `case`: from a file's name, `patient`: from a case's.
+
+    Raises: ValueError that lists files without a partner, FileNotFoundError without any.
+    """
+    if not (images and masks):
+        return None
     one, other = _volumes(images, bare), _volumes(masks, bare)
     if not one and not other:
         raise FileNotFoundError(f"{images}: holds no .nii or .nii.gz file; name the folder above it")
@@ -50,22 +64,11 @@ def _paired(images: Path, masks: Path, bare: bool = False) -> dict[str, tuple[Pa
     if lonely:
         raise ValueError(f"{images.parent}: images and masks do not pair up: {'; '.join(lonely)}; complete or remove "
                          "them")
-    return {name: (one[name], other[name]) for name in sorted(one)}
-
-
-def _folder(source: Path, *names: str) -> Path | None:
-    "The one folder of `names` that is in `source`, else None. Raises: ValueError for several."
-    there = [source / name for name in names if (source / name).is_dir()]
-    if len(there) > 1:
-        raise ValueError(f"{source}: holds {' and '.join(path.name + '/' for path in there)}; keep the one that counts")
-    return there[0] if there else None
+    return [Found(case(name), patient(case(name)), one[name], {1: other[name]}) for name in sorted(one)]
 
 # %% ../nbs/14_layouts.ipynb #b2c0ab02
 def _find_pairs(source: Path) -> list[Found] | None:
-    images, masks = _folder(source, "images"), _folder(source, "labels", "masks")
-    if not (images and masks):
-        return None
-    return [Found(name, name, image, {1: mask}) for name, (image, mask) in _paired(images, masks).items()]
+    return _paired(_folder(source, "images"), _folder(source, "labels", "masks"))
 
 
 def _rsna_patient(name: str) -> str:
@@ -75,20 +78,12 @@ def _rsna_patient(name: str) -> str:
 
 
 def _find_bhsd(source: Path) -> list[Found] | None:
-    images, masks = _folder(source, "images"), _folder(source, "labels", "ground truths")
-    if not (images and masks):
-        return None
-    return [Found(name, _rsna_patient(name), image, {1: mask})
-            for name, (image, mask) in _paired(images, masks, bare=True).items()]
+    return _paired(_folder(source, "images"), _folder(source, "labels", "ground truths"), patient=_rsna_patient, bare=True)
 
 
 def _find_instance(source: Path) -> list[Found] | None:
     folder = _folder(source, "train_2", "train") or source
-    images, masks = _folder(folder, "data"), _folder(folder, "label")
-    if not (images and masks):
-        return None
-    return [Found(f"instance-{name}", f"instance-{name}", image, {1: mask})
-            for name, (image, mask) in _paired(images, masks).items()]
+    return _paired(_folder(folder, "data"), _folder(folder, "label"), "instance-{}".format)
 
 # %% ../nbs/14_layouts.ipynb #52a293f1
 def _one_of(folder: Path, name: str) -> Path:
@@ -113,10 +108,8 @@ def _find_seg_cq500(source: Path) -> list[Found] | None:
 
 def _find_ct_ich(source: Path) -> list[Found] | None:
     "Release 1.3 (NIfTI) or 1.0 to 1.2 (JPEG), whichever is there."
-    scans, masks = _folder(source, "ct_scans"), _folder(source, "masks")
-    if scans and masks:
-        pairs = [(_ct_ich_name(name), *pair) for name, pair in _paired(scans, masks).items()]
-        return [Found(name, name, image, {1: mask}) for name, image, mask in pairs]
+    if found := _paired(_folder(source, "ct_scans"), _folder(source, "masks"), _ct_ich_name):
+        return found
     if (patients := _folder(source, "Patients_CT")) is None:
         return None
     brains = [path / "brain" for path in visible(patients) if (path / "brain").is_dir()]
@@ -158,7 +151,7 @@ class Layout:
         return f"{self.name}\n{tree}\n    labels: {self.labels}\n    {self.about}"
 
 # %% ../nbs/14_layouts.ipynb #bedcc326
-_LAYOUTS = [
+LAYOUTS = {layout.name: layout for layout in [
     Layout("pairs", ("images/NAME.nii.gz", "labels/NAME.nii.gz (or masks/)"), "your own scans; patients from a CSV "
            "with columns case and patient (--patients), else each scan is a patient", _find_pairs),
     Layout("ct-ich", ("ct_scans/049.nii, masks/049.nii (1.3), or", "Patients_CT/049/brain/1.jpg, 1_HGE_Seg.jpg (1.0)"),
@@ -177,8 +170,7 @@ _LAYOUTS = [
     Layout("seg-cq500", ("data/volumes/CQ500-CT-1/CT.nii", "data/volumes/CQ500-CT-1/ICH_mask.nii.gz"), "Seg-CQ500, "
            "https://zenodo.org/records/8063221, scans of CQ500 under CC BY-NC-SA 4.0; cite Spahr et al., Frontiers in "
            "Neuroimaging 2023, and Chilamkurthy et al., Lancet 2018", _find_seg_cq500, BLOOD),
-]
-LAYOUTS = {layout.name: layout for layout in _LAYOUTS}
+]}
 
 
 def layout_help(name: str | None = None) -> str:

@@ -7,7 +7,6 @@ __all__ = ['WEIGHTS', 'NETWORK', 'shipped', 'find_weights', 'read_recipe', 'make
            'make_models', 'shipped_table']
 
 # %% ../nbs/61_models.ipynb #f14607a8
-import difflib
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +20,7 @@ from .adapters import METHODS, load_adapter, merged_copy, save_adapter
 from .cohort import Cohort, make_phantom_cohort
 from .files import atomic_path, load_tensors, object_hash, write_csv
 from .hardware import choose_threads
+from .options import unknown_key
 from .outputs import output_folder
 from .slices import open_store
 from .strategies import Strategy, how_to_train, prepare
@@ -34,10 +34,9 @@ NETWORK = "phantom"
 
 def shipped(kind: str = "model") -> dict[str, Path]:
     'Files of the package by name; kind: "model" or "adapter". Raises: FileNotFoundError when they were not installed.'
-    names = (NETWORK,) if kind == "model" else tuple(METHODS)
-    found = {name: WEIGHTS / f"{name}.safetensors" for name in names}
     if not (WEIGHTS / f"{NETWORK}.safetensors").is_file():
         raise FileNotFoundError(f"{WEIGHTS}: the shipped models are not there; install sahlora again")
+    found = {name: WEIGHTS / f"{name}.safetensors" for name in ((NETWORK,) if kind == "model" else METHODS)}
     return {name: path for name, path in found.items() if path.is_file()}
 
 
@@ -51,9 +50,7 @@ def find_weights(name: str | Path, kind: str = "model") -> Path:
         return path
     there = shipped(kind)
     if str(name) not in there:
-        near = difflib.get_close_matches(str(name), there, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{kind} {str(name)!r}: neither a file nor a shipped {kind}{hint} There are: {', '.join(there)}")
+        raise ValueError(f"{kind} {str(name)!r}: is no file, and as a shipped {kind} {unknown_key(name, there)}")
     return there[str(name)]
 
 # %% ../nbs/61_models.ipynb #46b2cbc4
@@ -87,15 +84,10 @@ def make_network(recipe: Mapping[str, Any], work: Path, out: Path, quiet: bool =
     return path
 
 # %% ../nbs/61_models.ipynb #cd5b96d7
-def _strategy(recipe: Mapping[str, Any], method: str) -> Strategy:
-    "How the adapter of a method is trained."
-    return Strategy(method, learning_rate=recipe["learning_rates"][method], **recipe["finetune"])
-
-
 def make_adapter(recipe: Mapping[str, Any], method: str, base: Path, work: Path, out: Path, quiet: bool = False) -> Path:
     "Train one method's adapter on the target cohort of a recipe; its file in `out`."
-    target, strategy = _make_cohort(recipe, "target", work), _strategy(recipe, method)
-    net, _ = load_network(base)
+    target, (net, _) = _make_cohort(recipe, "target", work), load_network(base)
+    strategy = Strategy(method, learning_rate=recipe["learning_rates"][method], **recipe["finetune"])
     store = open_store(target, net.multiple)
     torch.manual_seed(strategy.seed)
     prepare(net, strategy)

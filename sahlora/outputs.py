@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'SOFT', 'RECORD', 'COST', 'owner', 'sole_writer', 'flat', 'differences', 'read_record', 'check_recorded',
-           'output_folder']
+           'same_call', 'output_folder']
 
 # %% ../nbs/03_outputs.ipynb #01fcb427
 import errno
@@ -130,7 +130,8 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
     record = read_json(path)
     kinds = {"command": str, "facts": dict, "files": dict, "complete": bool}
     whole = isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in kinds.items())
-    if not whole or any(Path(name).is_absolute() or ".." in Path(name).parts for name in record["files"]):
+    paths = [Path(name) for name in record["files"]] if whole else [Path()]
+    if any(not path.parts or path.is_absolute() or ".." in path.parts for path in paths):
         raise ValueError(f"{path}: is not a record of sahlora; choose another folder (--out)")
     return record
 
@@ -160,9 +161,19 @@ def check_recorded(path: str | Path) -> dict[str, Any] | None:
     return record
 
 # %% ../nbs/03_outputs.ipynb #c4b25eb6
-def _changed(folder: Path, old: Mapping[str, Any]) -> list[str]:
-    "Files of a record that are there, but not as they were written."
-    return sorted(name for name, found in _sums(folder, old["files"]).items() if old["files"][name] not in (found, None))
+def same_call(folder: Path, was: Mapping[str, Any], now: Mapping[str, Any], files: Mapping[str, str | None],
+              overwrite: bool) -> bool:
+    """Whether the facts of a folder are those of this call, and its `files`, with their hashes, as they were written.
+
+    Raises: ValueError that says what is not, unless it may be overwritten.
+    """
+    if not (what := differences(was, now)):
+        found = _sums(folder, files)
+        what = [f"{name} was changed since it was written" for name in sorted(found) if files[name] not in (found[name], None)]
+    if what and not overwrite:
+        raise ValueError(f"{folder}: holds the files of another call: {'; '.join(what)}. Choose another folder (--out), "
+                         "or replace these files (--overwrite)")
+    return not what
 
 
 def _remove_listed(folder: Path, names: Iterable[str]) -> None:
@@ -177,21 +188,25 @@ def _remove_listed(folder: Path, names: Iterable[str]) -> None:
             path.rmdir()
 
 # %% ../nbs/03_outputs.ipynb #c3591716
-def _make_room(folder: Path, old: Mapping[str, Any] | None, record: Mapping[str, Any], overwrite: bool) -> None:
+def _make_room(folder: Path, old: Mapping[str, Any] | None, record: Mapping[str, Any], overwrite: bool,
+               inputs: Iterable[str | Path]) -> None:
     "Clear a folder of another call's files. Raises: ValueError for what must not be replaced."
     listed = old["files"] if old else {}
     if strange := sorted(name for name in record["files"] if name not in listed and (folder / name).exists()):
         raise ValueError(f"{folder / strange[0]}: is there already, and no {RECORD} lists it; choose another folder (--out)")
-    if old is None:
-        return
-    what = differences(_call(old), _call(record))
-    if not what:
-        what = [f"{name} was changed since it was written" for name in _changed(folder, old)]
-    if what and not overwrite:
-        raise ValueError(f"{folder}: holds the files of another call: {'; '.join(what)}. Choose another folder (--out), "
-                         "or replace these files (--overwrite)")
-    if what:
+    if old and not same_call(folder, _call(old), _call(record), listed, overwrite):
+        _check_apart(folder, listed, inputs)
         _remove_listed(folder, listed)
+
+
+def _check_apart(folder: Path, names: Iterable[str], inputs: Iterable[str | Path]) -> None:
+    "Raises: ValueError where what a call reads is among the files that it would replace."
+    gone = [(folder / name).resolve() for name in names]
+    for path in inputs:
+        real = Path(path).resolve()
+        if any(real.is_relative_to(one) or one.is_relative_to(real) for one in gone):
+            raise ValueError(f"{folder}: to replace its files would remove {path}, which this call reads; "
+                             "choose another folder (--out)")
 
 
 def _call(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,11 +216,12 @@ def _call(record: Mapping[str, Any]) -> dict[str, Any]:
 # %% ../nbs/03_outputs.ipynb #06114eba
 @contextmanager
 def output_folder(folder: str | Path, command: str, facts: Mapping[str, Any], files: Iterable[str],
-                  overwrite: bool = False) -> Iterator[bool]:
+                  overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> Iterator[bool]:
     """Be the one writer of a folder for one call; gives whether the same call has written all of its `files` before.
 
     `facts` (JSON): what decides the result; `files`: names in the folder, of files and of folders, that the call may write.
-    What the same call left is kept and gone on with; with `overwrite`, what another call left is removed, by its record.
+    What the same call left is kept and gone on with; with `overwrite`, what another call left is removed first, by its
+    record, but never one of the `inputs`, the files and folders that this call reads.
     Raises: ValueError for another call's files, and for files that no record lists; what `sole_writer` raises.
     """
     folder = Path(folder)
@@ -214,7 +230,7 @@ def output_folder(folder: str | Path, command: str, facts: Mapping[str, Any], fi
     record: dict[str, Any] = {"command": command, "facts": facts, "files": dict.fromkeys(names), "complete": False}
     with sole_writer(folder):
         old = read_record(folder)
-        _make_room(folder, old, record, overwrite)
+        _make_room(folder, old, record, overwrite, inputs)
         if old and old["complete"] and not differences(_call(old), _call(record)) and _sums(folder, old["files"]) == old["files"]:
             print(f"{folder}: was done before by the same call, and is kept", flush=True)
             yield True

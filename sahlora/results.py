@@ -14,7 +14,7 @@ import math
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,9 @@ from .figures import best_median_worst
 from .figures.style import label
 from .files import atomic_path, load_tensors, object_hash, read_json, save_tensors, write_csv, write_json
 from .outputs import differences, output_folder, read_record
-from .statistics import bin_table, compare, paired, patient_scores, seed_spread, smallest_difference, summary_table
+from .statistics import bin_table, compare, compared, paired, patient_scores, seed_spread, smallest_difference, summary_table
 from .study import Study, claims_plan, expand_runs, project_folder, project_path, strategy_of
-from .tables import chosen_strategies, cost_table, is_compared, patient_frame, strategy_names
+from .tables import chosen_strategies, cost_table, patient_frame, strategy_names
 from .transfer import load_examples, load_run
 
 # %% ../nbs/71_results.ipynb #4e80c9e6
@@ -120,15 +120,10 @@ def patient_rows(runs: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     rows = pd.concat(tables, ignore_index=True).astype({"rank": "Int64", "patients": "Int64"})
     return rows[["run", *(column for column in rows if column not in ("run", "study"))]]
 
-
-def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    "A table's rows, None where a value is missing."
-    return rows.astype(object).where(rows.notna(), None).to_dict("records")
-
 # %% ../nbs/71_results.ipynb #ddf7bd1a
-def tested_rows(results: Mapping[str, Any], wanted: Callable[[Mapping[str, Any]], bool] = is_compared) -> pd.DataFrame:
-    "Test patients of the runs that are `wanted`; none when one of these runs has fewer than two."
-    names = [run["id"] for run in results["runs"] if wanted(run)]
+def tested_rows(results: Mapping[str, Any], runs: Iterable[Mapping[str, Any]] | None = None) -> pd.DataFrame:
+    "Test patients of `runs` (None: of those that are compared); no rows when one of these runs has fewer than two."
+    names = [run["id"] for run in (compared(results["runs"]) if runs is None else runs)]
     rows = patient_frame(results)
     rows = rows[rows.run.isin(names) & (rows.role == "test")]
     counts = rows.groupby("run").patient.nunique().reindex(names, fill_value=0)
@@ -142,11 +137,6 @@ def bin_rows(patients: pd.DataFrame) -> list[dict[str, Any]]:
     return table[["strategy", "bin", "n", "mean", "sd", "low", "high"]].to_dict("records")
 
 
-def _ends(name: str, interval: tuple[float, float] | None) -> dict[str, float | None]:
-    "An interval as two entries."
-    return dict(zip((f"{name}_low", f"{name}_high"), interval or (None, None)))
-
-
 def agreement_rows(patients: pd.DataFrame) -> list[dict[str, Any]]:
     "Per strategy predicted less annotated mL: bias, limits of agreement, concordance, ICC(3,1), slope; none without spacing."
     predicted, rows = patient_scores(patients, "predicted_ml"), []
@@ -157,8 +147,10 @@ def agreement_rows(patients: pd.DataFrame) -> list[dict[str, Any]]:
         parts = {"bias": (found.bias, found.bias_interval), "loa_low": (found.lower, found.lower_interval),
                  "loa_high": (found.upper, found.upper_interval), "ccc": (ccc.value, ccc.interval), "icc": (icc.value, icc.interval),
                  "slope": (found.slope, found.slope_interval)}
-        values = {key: item for part, (value, interval) in parts.items() for key, item in {part: value, **_ends(part, interval)}.items()}
-        rows.append({"strategy": name, "n": found.n, **values, "slope_p": found.slope_p})
+        row = {"strategy": name, "n": found.n, "slope_p": found.slope_p}
+        for part, (value, interval) in parts.items():
+            row |= {part: value, **dict(zip((f"{part}_low", f"{part}_high"), interval or (None, None)))}
+        rows.append(row)
     return [row for row in rows if row["n"]]
 
 # %% ../nbs/71_results.ipynb #32871574
@@ -166,13 +158,11 @@ def amount_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     "Soft Dice by number of training patients: runs with fewer, and the same strategies and seeds with all of a fold's."
     few = [run for run in results["runs"] if run["patients"] and not run["network"] and not run["extras"]]
     named = {run["name"]: run["name"].removesuffix(f"-n{run['patients']}") for run in few}
-    wanted = {(strategy, run["seed"]) for run in few for strategy in (named[run["name"]],)}
-    whole = [run for run in results["runs"] if is_compared(run) and (run["name"], run["seed"]) in wanted]
+    wanted = {(named[run["name"]], run["seed"]) for run in few}
+    whole = [run for run in compared(results["runs"]) if (run["name"], run["seed"]) in wanted]
     runs = {run["name"]: run for run in (*few, *whole)}
-    ids = {run["id"] for run in (*few, *whole)}
-    rows = tested_rows(results, lambda run: run["id"] in ids)
     found = [{"strategy": named.get(row["strategy"], row["strategy"]), "patients": round(np.mean(runs[row["strategy"]]["train_patients"])),
-              **{key: row[key] for key in ("n", "mean", "low", "high")}} for row in summary_rows(rows)]
+              **{key: row[key] for key in ("n", "mean", "low", "high")}} for row in summary_rows(tested_rows(results, [*few, *whole]))]
     return sorted(found, key=lambda row: (list(named.values()).index(row["strategy"]), row["patients"]))
 
 
@@ -183,9 +173,9 @@ def summary_rows(patients: pd.DataFrame) -> list[dict[str, Any]]:
 # %% ../nbs/71_results.ipynb #220017a2
 def network_rows(results: Mapping[str, Any], parameters: Mapping[str, int]) -> list[dict[str, Any]]:
     "Soft Dice of runs on another network than the study's main one; `parameters`: of each network."
-    runs = {run["name"]: run for run in results["runs"] if run["network"]}
-    rows = []
-    for row in summary_rows(tested_rows(results, lambda run: bool(run["network"]))):
+    others = [run for run in results["runs"] if run["network"]]
+    runs, rows = {run["name"]: run for run in others}, []
+    for row in summary_rows(tested_rows(results, others)):
         run = runs[row["strategy"]]
         rows.append({"network": run["network"], "parameters": parameters[run["network"]], "trainable": run["trainable"],
                      "strategy": run["name"].removeprefix(f"{run['network']}-"),
@@ -201,9 +191,8 @@ def comparison_rows(scores: pd.DataFrame, plan: Plan) -> list[dict[str, Any]]:
     families = []
     for reference in dict.fromkeys(name for name in (plan.baseline, plan.standard) if name in scores and len(scores.columns) > 1):
         found = compare(scores, [(name, reference) for name in scores if name != reference], plan.alpha)
-        rows = found.table()[_COMPARED].astype(object)
         families.append({"reference": reference, "friedman": found.omnibus and found.omnibus.facts(),
-                         "rows": rows.where(rows.notna(), None).to_dict("records")})
+                         "rows": found.table()[_COMPARED].to_dict("records")})
     return families
 
 
@@ -223,7 +212,7 @@ def conclude(study: Study, results: Mapping[str, Any]) -> dict[str, Any]:
     if not len(patients):
         return {key: [] for key in ("summaries", "comparisons", "seeds", "bins", "volumes", "claims")} | {"power": None}
     plan, scores = claims_plan(study), patient_scores(patients, claims_plan(study).score)
-    trainable = {run["id"]: run["trainable"] for run in results["runs"] if is_compared(run)}
+    trainable = {run["id"]: run["trainable"] for run in compared(results["runs"])}
     return {"summaries": summary_rows(patients), "seeds": seed_spread(patients).to_dict("records"), "bins": bin_rows(patients),
             "comparisons": comparison_rows(scores, plan), "power": power_facts(scores, plan), "volumes": agreement_rows(patients),
             "claims": [claim.facts() for claim in judge(patients, trainable, plan)]}
@@ -290,12 +279,6 @@ def published() -> list[dict[str, Any]]:
     return yaml.safe_load(project_path("paper/published.yaml").read_text(encoding="utf-8"))
 
 # %% ../nbs/71_results.ipynb #7f114008
-def _describe_base(base: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    "Parameters, how it was trained, and the loss of its last ten steps."
-    loss = pd.read_csv(folder / "history.csv").loss
-    return {"parameters": base["trainable"], "last_loss": loss.tail(10).mean(), **base["training"]}
-
-
 def collect(study: Study, folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(results, cost) of a study from its folder of runs; runs that failed or are missing are listed, not needed.
 
@@ -305,12 +288,14 @@ def collect(study: Study, folder: str | Path) -> tuple[dict[str, Any], dict[str,
     done, failed, missing = sort_runs(study, folder)
     runs = {run["id"]: load_run(folder / "finetune" / run["id"]) for run in done}
     bases = _bases(folder, list(dict.fromkeys(["", *(run["network"] for run in done)])))
-    rows = patient_rows({name: patients for name, (_, patients, _) in runs.items()})
-    results = {"study": study.model_dump(), "plan": claims_plan(study).model_dump(), "patients": _records(rows[list(_KEPT)]),
+    rows = patient_rows({name: patients for name, (_, patients, _) in runs.items()})[list(_KEPT)].astype(object)
+    base, last = bases[""], pd.read_csv(base_folder(folder) / "history.csv").loss.tail(10)
+    results = {"study": study.model_dump(), "plan": claims_plan(study).model_dump(), "patients": rows.where(rows.notna(), None).to_dict("records"),
                "cohorts": {role: describe_cohort(study_cohort(study, folder, role)) for role in ("source", "target")},
-               "pretrain": _describe_base(bases[""], base_folder(folder)), "published": published(), "failed": failed, "missing": missing,
+               "pretrain": {"parameters": base["trainable"], "last_loss": last.mean(), **base["training"]},
+               "published": published(), "failed": failed, "missing": missing,
                "runs": [{"id": run["id"], "name": strategy_name(run["id"]), "network": run["network"], **describe_run(*runs[run["id"]])}
-                        for run in done], "provenance": describe_provenance(study, bases[""])}
+                        for run in done], "provenance": describe_provenance(study, base)}
     results |= conclude(study, results)
     parameters = {name: base["trainable"] for name, base in bases.items()}
     results |= {"amounts": amount_rows(results), "networks": network_rows(results, parameters), "shown": choose_shown(results)}

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .card import SYNTHETIC, model_card, score_headings, scores_beside, weight_facts
+from .card import SYNTHETIC, model_card, read_scores, score_headings, scores_beside, weight_facts
 from .files import atomic_path, file_hash, object_hash, package_version
 from .models import NETWORK, WEIGHTS, find_weights
 from .outputs import output_folder
@@ -65,6 +65,7 @@ def bundle_metadata(name: str, facts: Mapping[str, Any], step: int) -> dict[str,
     }
 
 # %% ../nbs/62_sharing.ipynb #0307e45c
+# x: slices (1, rows, columns, Z); resized on the way in, and back to what they were on the way out
 _RESIZE = ("torch.nn.functional.interpolate(x.permute(3, 0, 1, 2), {}, mode='bilinear', antialias=True)"
            ".permute(1, 2, 3, 0)")
 _GRID = "[max(1, round(int(n) * float(mm) / {!r})) for n, mm in zip(x.shape[1:3], x.pixdim)]"
@@ -73,18 +74,6 @@ _GRID = "[max(1, round(int(n) * float(mm) / {!r})) for n, mm in zip(x.shape[1:3]
 def _do(name: str, keys: str = "image", **options: Any) -> dict[str, Any]:
     "One of MONAI's transforms."
     return {"_target_": name, "keys": keys, **options}
-
-
-def _there(pixel_mm: float) -> dict[str, Any]:
-    "A MONAI transform: slices (1, rows, columns, Z) to pixels of so many mm; remembers what they had."
-    resize = _RESIZE.format(_GRID.format(pixel_mm))
-    return _do("Lambdad", func=f"$lambda x: (x.meta.update(in_plane=torch.tensor(x.shape[1:3])), {resize})[1]")
-
-
-def _back() -> dict[str, Any]:
-    "A MONAI transform: probabilities (1, rows, columns, Z) on the pixels that the scan had."
-    resize = _RESIZE.format("[int(n) for n in x.meta['in_plane']]")
-    return _do("Lambdad", "pred", func=f"$lambda x: {resize}.clamp(0, 1)")
 
 # %% ../nbs/62_sharing.ipynb #b62c3f03
 _AXES = [["L", "R"], ["P", "A"], ["I", "S"]]  # MONAI's letters, said aloud: their default may change
@@ -104,18 +93,20 @@ def way_in(spec: InputSpec, step: int) -> dict[str, Any]:
     low, high = spec.window
     load = _do("LoadImaged", reader="NibabelReader"), _do("EnsureChannelFirstd"), _do("Orientationd", axcodes="PLS", labels=_AXES)
     scale = _do("ScaleIntensityRanged", a_min=low, a_max=high, b_min=0.0, b_max=1.0, clip=True)
-    resize = [_there(spec.pixel_mm)] if spec.resample and spec.pixel_mm else []
+    there = _RESIZE.format(_GRID.format(spec.pixel_mm))
+    resize = _do("Lambdad", func=f"$lambda x: (x.meta.update(in_plane=torch.tensor(x.shape[1:3])), {there})[1]")  # it remembers
     return {"orientation": _compose(*load), "padding": _compose(_do("DivisiblePadd", k=[step, step, 1], method="end")),
-            "preprocessing": _compose("@orientation", *resize, scale, "@padding")}
+            "preprocessing": _compose("@orientation", *[resize] * spec.resample, scale, "@padding")}
 
 
 def way_out(spec: InputSpec, threshold: float) -> dict[str, Any]:
     "Configuration of the transforms from logits to a mask on the scan's own voxels, saved as <scan>_mask.nii.gz."
     save = _do("SaveImaged", "pred", output_dir="@output_dir", output_postfix="mask", output_ext=".nii.gz",
                output_dtype="$torch.uint8", resample=False, separate_folder=False)
-    resize = [_back()] if spec.resample else []
-    return _compose(_do("Activationsd", "pred", sigmoid=True), _undo("@padding"), *resize, _undo("@orientation"),
-                    _do("AsDiscreted", "pred", threshold=threshold), save)
+    back = _RESIZE.format("[int(n) for n in x.meta['in_plane']]")
+    resize = _do("Lambdad", "pred", func=f"$lambda x: {back}.clamp(0, 1)")
+    return _compose(_do("Activationsd", "pred", sigmoid=True), _undo("@padding"), *[resize] * spec.resample,
+                    _undo("@orientation"), _do("AsDiscreted", "pred", threshold=threshold), save)
 
 # %% ../nbs/62_sharing.ipynb #e9b52072
 def inference_config(spec: InputSpec, step: int, threshold: float = 0.5) -> dict[str, Any]:
@@ -200,13 +191,14 @@ def export_bundle(out: str | Path, model: str | Path = NETWORK, adapter: str | P
     ScanOptions(threshold=threshold)
     model, adapter = find_weights(model), find_weights(adapter, "adapter") if adapter else None
     (net, _), facts = load_model(model, adapter), weight_facts(model, adapter)
-    rows = find_scores(adapter, model) if scores is None else pd.read_csv(scores, dtype={"patient": str})
+    rows = find_scores(adapter, model) if scores is None else read_scores(scores)
     step = getattr(net, "multiple", 1)
     card = model_card(out.name, facts, rows, USAGE.format(name=out.name, step=step))
     metadata, config = bundle_metadata(out.name, facts, step), inference_config(facts["input"], step, threshold)
     made_of = {"model": file_hash(model), "adapter": file_hash(adapter) if adapter else None,
                "threshold": threshold, "name": out.name, "card": object_hash(card)}
-    with output_folder(out, "export", made_of, BUNDLE, overwrite) as done:
+    reads = [path for path in (model, adapter, scores) if path]
+    with output_folder(out, "export", made_of, BUNDLE, overwrite, reads) as done:
         for name, content in () if done else _bundle_files(net, metadata, config, card).items():
             with atomic_path(out / name) as path:
                 path.write_bytes(content)

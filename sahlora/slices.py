@@ -10,9 +10,10 @@ import math
 import os
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -38,35 +39,28 @@ def unpack(packed: np.ndarray) -> Tensor:
     return torch.from_numpy(packed).float() + LEAST
 
 # %% ../nbs/40_slices.ipynb #86d08a2e
-VERSION = 1
+VERSION = 2
 
 
 def cache_key(cohort: Cohort, multiple: int) -> str:
     "SHA-256 over the content of every scan and mask of a cohort, and over how they are unpacked."
-    seen: dict[Path, str] = {}
-
-    def content(name: str) -> str:
-        path = (cohort.folder / name).resolve()
-        return seen.setdefault(path, file_hash(path))
-
+    content = cache(lambda name: file_hash(cohort.folder / name))  # an image may stand in several rows
     rows = [(r.case, r.patient, r.intensity, content(r.image), content(r.label)) for r in cohort.table.itertuples()]
     return object_hash([VERSION, multiple, rows])
 
 # %% ../nbs/40_slices.ipynb #c2df416f
-def _planes(ct_slices: np.ndarray, mask: np.ndarray, multiple: int) -> tuple[np.ndarray, np.ndarray]:
-    "Bytes of images (Z, H, W) and masks, padded below and on the right until `multiple` divides H and W."
-    pad = [(0, 0), *((0, -n % multiple) for n in ct_slices.shape[1:])]
-    images = np.pad(pack(ct_slices), pad, constant_values=-LEAST)
-    return images, np.pad(mask.transpose(2, 1, 0), pad).astype(np.uint8)
-
-
 def _unpack_cohort(cohort: Cohort, folder: Path, multiple: int) -> None:
-    "Write images.u8, masks.u8 and index.json. Raises: ValueError that names the first scan of another slice size."
+    """Write images.u8, masks.u8 and index.json; slices are padded below and on the right until `multiple` divides H and W.
+
+    Raises: ValueError that names the first scan of another slice size.
+    """
     counts, size = [], None
     blood: list[bool] = []
     with open(folder / "images.u8", "wb") as image_file, open(folder / "masks.u8", "wb") as mask_file:
         for _, ct, mask in cohort:
-            images, masks = _planes(ct.slices(), mask, multiple)
+            pad = [(0, -n % multiple) for n in ct.hu.shape[1::-1]]
+            images = np.pad(pack(ct.slices()), [(0, 0), *pad], constant_values=-LEAST)
+            masks = np.pad(mask.transpose(2, 1, 0), [(0, 0), *pad])
             if size not in (None, images.shape[1:]):
                 raise ValueError(f"{ct.source}: slices of {images.shape[1:]} pixels, but the cohort began with {size}; "
                                  "bring all scans of a cohort to one slice size")
@@ -76,18 +70,20 @@ def _unpack_cohort(cohort: Cohort, folder: Path, multiple: int) -> None:
             counts.append(len(images))
             blood.extend(bool(plane.any()) for plane in masks)
     cases, patients = cohort.table.case.tolist(), cohort.table.patient.tolist()
-    write_json(folder / "index.json", {"size": size, "counts": counts, "cases": cases, "patients": patients, "blood": blood})
+    index = {"size": size, "counts": counts, "cases": cases, "patients": patients, "blood": blood}
+    write_json(folder / "index.json", {**index, "sha256": object_hash(index)})
 
 # %% ../nbs/40_slices.ipynb #9335a526
 def _is_whole(folder: Path) -> bool:
     "Whether a folder holds an unpacked cohort, to the last byte of its two large files."
     try:
         index = read_json(folder / "index.json")
+        written = index.pop("sha256")
         length = math.prod(index["size"]) * sum(index["counts"])
         sizes = [(folder / name).stat().st_size for name in ("images.u8", "masks.u8")]
-    except (OSError, ValueError, KeyError, TypeError):  # missing or damaged: it is made again
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing or damaged: it is made again
         return False
-    return sizes == [length, length] and len(index["blood"]) == sum(index["counts"])
+    return sizes == [length, length] and written == object_hash(index)
 
 
 def _own_folder() -> Path:
@@ -124,6 +120,10 @@ class SliceStore:
         if unknown := sorted(set(patients := list(patients)) - set(self.patients)):
             raise ValueError(f"{self.folder.parent.parent}: no patient {', '.join(unknown)}")
         return np.flatnonzero(np.isin(self.patients, patients))
+
+    def bleeding(self, patients: Iterable[str]) -> list[str]:
+        "Those of some patients who have blood in their masks, sorted."
+        return sorted({*self.patients[self.blood]} & {*patients})
 
     def read(self, rows: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
         "HU (n, 1, H, W) float32, within -30..170, and masks uint8 of some slices."

@@ -10,7 +10,7 @@ __all__ = ['REGIONS', 'WHOLE', 'Whole', 'Rates', 'strategy_words', 'Strategy', '
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from .adapters import METHODS, adapt, adapted_layers
 from .hardware import choose_device
 from .options import options, unknown_key
 from .slices import SliceStore
-from .training import Count, Positive, Precisions, Training, make_training, norm_policy, recompute_statistics, set_training_mode
+from .training import Count, Positive, Precisions, Rate, Training, make_training, norm_policy, recompute_statistics, set_training_mode
 
 # %% ../nbs/41_strategies.ipynb #d916e1f3
 REGIONS = ("shallow", "deep", "encoding", "decoding", "all")
@@ -33,15 +33,48 @@ def strategy_words() -> tuple[str, ...]:
     return (*WHOLE, "fine-tuning", *REGIONS, *METHODS)
 
 # %% ../nbs/41_strategies.ipynb #dff0d251
-class _Named:
-    "What follows from the words of a strategy."
+Whole = Annotated[int, Field(ge=1)]
+Rates = Annotated[tuple[Rate, ...], Field(min_length=1), BeforeValidator(lambda r: tuple(r) if isinstance(r, list) else r)]
+
+
+@options
+class _Words:
+    "The words of a strategy."
 
     method: str
-    region: str
-    rank: int
-    extras: bool
-    patients: int | None
-    training: Mapping[str, Any]
+    region: str = "decoding"
+    rank: Annotated[int, Field(ge=1, le=1024)] = 8
+    alpha: Positive | None = None
+    steps: Whole = 100
+    batch_size: Annotated[int, Field(ge=2)] = 8
+    learning_rate: Rate | Rates = 1e-3
+    seed: Count = 0
+    precision: Precisions = "auto"
+    extras: bool = False
+    adapter: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    patients: Whole | None = None
+
+    def facts(self) -> dict[str, Any]:
+        "Everything that decides its result, as JSON gives it back; how many threads read ahead does not."
+        training = {key: value for key, value in self.training.items() if key != "workers"}
+        return json.loads(json.dumps({**asdict(self), "training": training}))
+
+# %% ../nbs/41_strategies.ipynb #bdd0de9d
+@options
+class Strategy(_Words):
+    """How to adapt. `rank`, `alpha`, `extras` and `adapter` matter to adapters only; `patients`: train on so many of a fold's.
+
+    `method`: one of `strategy_words()`. `learning_rate`: a number, or candidates, of which each fold chooses one on an
+    inner split of its training patients. `extras`: an adapter also trains what fine-tuning of the region trains beside
+    kernels: the 1x1 head, biases, norms. `adapter`: more options of `adapt`; `training`: more options of a Training.
+    Raises: ValueError that names the nearest word.
+    """
+
+    def __post_init__(self) -> None:
+        for name, value in _normal(self).items():
+            object.__setattr__(self, name, value)
+        _check(self)
 
     @property
     def is_adapter(self) -> bool:
@@ -60,48 +93,11 @@ class _Named:
         few = f"-n{self.patients}" if self.patients else ""
         return f"{self.method}{rank}{f'-{self.region}' if self.region else ''}{extras}{few}"
 
-    def facts(self) -> dict[str, Any]:
-        "Everything that decides its result, as JSON gives it back; how many threads read ahead does not."
-        training = {key: value for key, value in self.training.items() if key != "workers"}
-        return json.loads(json.dumps({**asdict(cast(Any, self)), "training": training}))
-
-# %% ../nbs/41_strategies.ipynb #bdd0de9d
-Whole = Annotated[int, Field(ge=1)]
-Rates = Annotated[tuple[Positive, ...], Field(min_length=1), BeforeValidator(lambda r: tuple(r) if isinstance(r, list) else r)]
-
-
-@options
-class Strategy(_Named):
-    """How to adapt. `rank`, `alpha`, `extras` and `adapter` matter to adapters only; `patients`: train on so many of a fold's.
-
-    `method`: one of `strategy_words()`. `learning_rate`: a number, or candidates, of which each fold chooses one on an
-    inner split of its training patients. `extras`: an adapter also trains what fine-tuning of the region trains beside
-    kernels: the 1x1 head, biases, norms. `adapter`: more options of `adapt`; `training`: more options of a Training.
-    Raises: ValueError that names the nearest word.
-    """
-
-    method: str
-    region: str = "decoding"
-    rank: Whole = 8
-    alpha: Positive | None = None
-    steps: Whole = 100
-    batch_size: Annotated[int, Field(ge=2)] = 8
-    learning_rate: Positive | Rates = 1e-3
-    seed: Count = 0
-    precision: Precisions = "auto"
-    extras: bool = False
-    adapter: Mapping[str, Any] = field(default_factory=dict)
-    training: Mapping[str, Any] = field(default_factory=dict)
-    patients: Whole | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in _normal(self).items():
-            object.__setattr__(self, name, value)
-        _check(self)
-
 # %% ../nbs/41_strategies.ipynb #464e6e80
 def _normal(strategy: Strategy) -> dict[str, Any]:
-    "A region's name as fine-tuning there, no region where none is meant."
+    "A region's name as fine-tuning there, no region where none is meant. Raises: ValueError for another region beside it."
+    if strategy.method in (*WHOLE, *REGIONS) and strategy.region not in ("", "decoding", strategy.method):
+        raise ValueError(f"region {strategy.region!r} has no effect on {strategy.method}; leave it out")
     if strategy.method in REGIONS:
         return {"method": "fine-tuning", "region": strategy.method}
     return {"region": ""} if strategy.method in WHOLE else {}
@@ -116,8 +112,12 @@ def _check(strategy: Strategy) -> None:
         raise ValueError("none: patients= is how many are trained on: leave it out, not with none")
     if not strategy.is_adapter and (strategy.extras or strategy.adapter):
         raise ValueError(f"{strategy.method}: extras and adapter options belong to adapters ({', '.join(METHODS)})")
-    if taken := sorted({"steps", "batch_size", "learning_rate", "seed", "precision"} & set(strategy.training)):
-        raise ValueError(f"{taken[0]} has a place of its own in a Strategy; take it out of training=")
+    if not strategy.trains and strategy.training.keys() - {"device", "workers"}:
+        raise ValueError(f"{strategy.method}: trains nothing, so that options of a training have no effect; take them out")
+    taken = {"steps", "batch_size", "learning_rate", "seed", "precision"} & strategy.training.keys()
+    taken |= {"rank", "alpha", "where", "name"} & strategy.adapter.keys()
+    if taken:
+        raise ValueError(f"{min(taken)} has a place of its own in a Strategy; take it out of training= or adapter=")
     how_to_train(strategy, rates(strategy)[0], 0)
 
 # %% ../nbs/41_strategies.ipynb #922da7ea

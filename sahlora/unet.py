@@ -11,6 +11,8 @@ __all__ = ['WIDTH', 'INTENSITIES', 'NETWORKS', 'ConvUnit', 'M1', 'M3', 'M2', 're
 import copy
 import inspect
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from itertools import pairwise
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -38,16 +40,13 @@ class ConvUnit(nn.Module):
         return F.relu(self.norm(self.conv(x)), inplace=True)  # the norm's backward needs its input alone
 
 
-class M1(nn.Module):
+class M1(nn.Sequential):
     """Two units: (N, in, H, W) -> (N, out, H, W); 32 channels out in the multi-view Unet."""
 
     def __init__(self, in_channels: int, out_channels: int = WIDTH) -> None:
         super().__init__()
         self.unit1 = ConvUnit(in_channels, out_channels)
         self.unit2 = ConvUnit(out_channels, out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.unit2(self.unit1(x))
 
 
 class M3(M1):
@@ -56,9 +55,6 @@ class M3(M1):
     def __init__(self, in_channels: int) -> None:
         super().__init__(in_channels)
         self.logits = nn.Conv2d(WIDTH, 1, kernel_size=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.logits(super().forward(x))
 
 # %% ../nbs/20_unet.ipynb #b77d52ce
 class M2(nn.Module):
@@ -129,21 +125,7 @@ def init_weights(net: nn.Module) -> None:
 # %% ../nbs/20_unet.ipynb #80707a39
 INTENSITIES = {"0..1": 1, "0..255": 255}  # what the first convolution sees of an image in 0..1
 
-
-def _check_intensity(intensity: str) -> int:
-    "The factor by which a network multiplies its input. Raises ValueError."
-    if intensity not in INTENSITIES:
-        raise ValueError(f"intensity {intensity!r} is unknown; there are: {', '.join(INTENSITIES)}")
-    return INTENSITIES[intensity]
-
-# %% ../nbs/20_unet.ipynb #3b4fe667
-def _check_counts(**counts: int) -> None:
-    "Constructor arguments that count something: whole numbers of at least 1. Raises ValueError."
-    for name, value in counts.items():
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-
-
+# %% ../nbs/20_unet.ipynb #7ce0e1d4
 def _check_input(x: Tensor, in_channels: int, multiple: int) -> None:
     "Floating-point slices (N, in_channels, H, W), H and W multiples of `multiple`. Raises ValueError."
     if x.ndim != 4:
@@ -155,10 +137,33 @@ def _check_input(x: Tensor, in_channels: int, multiple: int) -> None:
         raise ValueError(f"the input has {channels} channels, shape {tuple(x.shape)}; this network takes {in_channels}")
     if height % multiple or width % multiple or not height or not width:
         pad_h, pad_w = (max(1, -(-n // multiple)) * multiple for n in (height, width))
-        raise ValueError(
-            f"slices of {height}x{width} pixels do not fit: height and width must be multiples of {multiple}; "
-            f"pad them to {pad_h}x{pad_w}"
-        )
+        fits = f"height and width must be multiples of {multiple}; pad them to {pad_h}x{pad_w}"
+        raise ValueError(f"slices of {height}x{width} pixels do not fit: {fits}")
+
+# %% ../nbs/20_unet.ipynb #3b4fe667
+class _SliceNetwork(nn.Module):
+    """What both networks share: arguments that are checked and kept as `config`, and a check of their input.
+
+    Raises: ValueError for counts below 1 and for an unknown intensity.
+    """
+
+    def __init__(self, name: str, intensity: str, **counts: int) -> None:
+        super().__init__()
+        for what, value in counts.items():
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{what} is {value!r}; it must be a whole number of at least 1")
+        if intensity not in INTENSITIES:
+            raise ValueError(f"intensity {intensity!r} is unknown; there are: {', '.join(INTENSITIES)}")
+        self.config = {"name": name, **{what: int(value) for what, value in counts.items()}}
+        self.config |= {} if intensity == "0..1" else {"intensity": intensity}
+        self.levels, self.in_channels = int(counts["levels"]), int(counts["in_channels"])
+        self.multiple = 2**self.levels  # of which rows and columns must be: each level halves them
+        self.scale = INTENSITIES[intensity]
+
+    def scaled(self, x: Tensor) -> Tensor:
+        "Slices (N, in_channels, H, W) as the first convolution sees them. Raises: ValueError for what does not fit."
+        _check_input(x, self.in_channels, self.multiple)
+        return x if self.scale == 1 else x * self.scale
 
 # %% ../nbs/20_unet.ipynb #7b4e4bb0
 def _multi_view_regions(levels: int) -> dict[str, list[str]]:
@@ -175,7 +180,7 @@ def _multi_view_regions(levels: int) -> dict[str, list[str]]:
     }
 
 # %% ../nbs/20_unet.ipynb #dd02ea70
-class MultiViewUnet(nn.Module):
+class MultiViewUnet(_SliceNetwork):
     """Multi-view Unet: slices (N, in_channels, H, W) -> logits (N, 1, H, W); H and W are multiples of `multiple`.
 
     `intensity`: one of INTENSITIES. Raises: ValueError for levels or channels below 1, an unknown intensity, and for
@@ -183,23 +188,17 @@ class MultiViewUnet(nn.Module):
     """
 
     def __init__(self, levels: int = 2, in_channels: int = 1, intensity: str = "0..1") -> None:
-        super().__init__()
-        _check_counts(levels=levels, in_channels=in_channels)
-        self.levels, self.in_channels = int(levels), int(in_channels)
-        self.multiple = 2**self.levels  # of which rows and columns must be: each level halves them
+        super().__init__("multi-view-unet", intensity, levels=levels, in_channels=in_channels)
         self.first = M1(in_channels)
         self.downs = nn.ModuleList(Down() for _ in range(levels))
         self.bottom = M2(WIDTH)
         self.ups = nn.ModuleList(Up(2 * WIDTH if j == 0 else 3 * WIDTH) for j in range(levels))
         self.last = M3(3 * WIDTH)
-        self.config = {"name": "multi-view-unet", "levels": self.levels, "in_channels": self.in_channels}
-        self.config |= {} if intensity == "0..1" else {"intensity": intensity}
-        self.regions, self.scale = _multi_view_regions(self.levels), _check_intensity(intensity)
+        self.regions = _multi_view_regions(self.levels)
         init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_input(x, self.in_channels, self.multiple)
-        d, skips = self.first(x if self.scale == 1 else x * self.scale), []
+        d, skips = self.first(self.scaled(x)), []
         for down in self.downs:
             d, skip = down(d)
             skips.append(skip)
@@ -234,7 +233,7 @@ def _unet_regions(levels: int) -> dict[str, list[str]]:
     }
 
 # %% ../nbs/20_unet.ipynb #c47454a9
-class Unet(nn.Module):
+class Unet(_SliceNetwork):
     """Plain Unet: slices (N, in_channels, H, W) -> logits (N, 1, H, W); H and W are multiples of `multiple`.
 
     `intensity`: one of INTENSITIES. Raises: ValueError for counts below 1, an unknown intensity, and for inputs that do
@@ -242,23 +241,18 @@ class Unet(nn.Module):
     """
 
     def __init__(self, levels: int = 4, in_channels: int = 1, width: int = 64, intensity: str = "0..1") -> None:
-        super().__init__()
-        _check_counts(levels=levels, in_channels=in_channels, width=width)
-        self.levels, self.in_channels, self.width = int(levels), int(in_channels), int(width)
-        self.multiple = 2**self.levels
+        super().__init__("unet", intensity, levels=levels, in_channels=in_channels, width=width)
+        self.width = int(width)
         w = [self.width * 2**i for i in range(self.levels + 1)]
         self.downs = nn.ModuleList(M1(a, b) for a, b in zip([in_channels, *w], w[:-1]))
         self.bottom = M1(w[-2], w[-1])
         self.ups = nn.ModuleList(UnetUp(channels) for channels in reversed(w[:-1]))
         self.last = nn.Conv2d(w[0], 1, kernel_size=1)
-        self.config = {"name": "unet", "levels": self.levels, "in_channels": self.in_channels, "width": self.width}
-        self.config |= {} if intensity == "0..1" else {"intensity": intensity}
-        self.regions, self.scale = _unet_regions(self.levels), _check_intensity(intensity)
+        self.regions = _unet_regions(self.levels)
         init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_input(x, self.in_channels, self.multiple)
-        x, skips = x if self.scale == 1 else x * self.scale, []
+        x, skips = self.scaled(x), []
         for down in self.downs:
             skips.append(down(x))
             x = F.max_pool2d(skips[-1], 2)
@@ -298,7 +292,9 @@ def build_network(config: Mapping[str, Any]) -> nn.Module:
     known = inspect.signature(NETWORKS[name]).parameters
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(f"{name} takes no {', '.join(unknown)}; it takes {', '.join(known)}")
-    return NETWORKS[name](**options)
+    net = NETWORKS[name](**options)
+    net.multiple = getattr(net, "multiple", 1)
+    return net
 
 # %% ../nbs/20_unet.ipynb #deade33c
 @torch.no_grad()
@@ -312,12 +308,10 @@ def activations(net: nn.Module, x: Tensor, names: Iterable[str]) -> dict[str, tu
     def keep(name: str) -> Any:
         return lambda module, inputs, output: seen.update({name: (inputs[0], output)})
 
-    hooks = [net.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(net.get_submodule(name).register_forward_hook(keep(name)))
         net(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return seen
 
 
@@ -337,104 +331,75 @@ def forward_flops(net: nn.Module, height: int = 512, width: int = 512) -> int:
     return counter.get_total_flops()
 
 # %% ../nbs/20_unet.ipynb #e6c8d569
-_Point = tuple[float, float]
-_Boxes = dict[str, tuple[str, float, float]]  # module name: title, x, y
-_Label = tuple[str, float, float, str]  # words, x, y, alignment
-_Layout = tuple[_Boxes, list[list[_Point]], list[_Point], list[_Label]]
+_Column = dict[str, tuple[str, float]]  # module name: title and row of its box
 _HALF_W, _HALF_H, _DOT = 0.39, 0.4, 0.1  # half a box and the radius of a concatenation, in grid steps
 
 
-def _place_multi_view(n: int) -> _Layout:
-    "Boxes, arrows, concatenations and labels of a multi-view Unet of n levels."
-    boxes: _Boxes = {"first": ("M1", 0, 0), "bottom": ("M2", 1, 2 * n + 1), "last": ("M3", 2, 0)}
-    arrows: list[list[_Point]] = [[(0, -0.8), (0, -_HALF_H)], [(2, -_HALF_H), (2, -0.8)]]
-    joins: list[_Point] = []
-    labels: list[_Label] = []
-    for i in range(n):
-        y = 2 * i + 1  # the row of the skip, between two boxes
-        boxes |= {f"downs.{i}.m1": ("M1", 0, y + 1), f"downs.{i}.m2": ("M2", 1, y)}
-        boxes |= {f"ups.{n - 1 - i}.m1": ("M1", 2, y + 1)}
-        arrows += [[(0, y - 1 + _HALF_H), (0, y + 1 - _HALF_H)], [(0, y), (1 - _HALF_W, y)]]
-        arrows += [[(1 + _HALF_W, y), (2 - 0.4 * _DOT, y)], [(2, y - _DOT), (2, y - 1 + _HALF_H)]]
-        arrows += [[(2, y + 1 - _HALF_H), (2, y + _DOT)]]
-        joins += [(2, y)]
-        labels += [("bilinear ×2", 1.96, y + 0.4, "right"), ("max-pool 2", 0.04, y + 1.6, "left")]
-        labels += [("views: dilations 1, 2, 4", 1, y - 0.52, "center")]
-    y = 2 * n + 1
-    arrows += [[(0, y - 1 + _HALF_H), (0, y), (1 - _HALF_W, y)], [(1 + _HALF_W, y), (2, y), (2, y - 1 + _HALF_H)]]
-    labels += [("views: dilations 1, 2, 4", 1, y - 0.52, "center")]
-    return boxes, arrows, joins, labels
+def _columns(net: nn.Module) -> list[_Column]:
+    "Boxes of the way down, the skips and the way up, of either network."
+    n, levels = net.levels, range(net.levels)
+    if isinstance(net, MultiViewUnet):  # a skip's row lies between those of two levels
+        down = {"first": ("M1", 0.0), **{f"downs.{i}.m1": ("M1", 2 * i + 2) for i in levels}}
+        skips = {**{f"downs.{i}.m2": ("M2", 2 * i + 1) for i in levels}, "bottom": ("M2", 2 * n + 1)}
+        return [down, skips, {"last": ("M3", 0), **{f"ups.{i}.m1": ("M1", 2 * (n - i)) for i in levels}}]
+    up = {f"ups.{i}": ("up, 2 conv", 1.5 * (n - 1 - i)) for i in levels}
+    down = {f"downs.{i}": ("2 conv", 1.5 * i) for i in levels}
+    return [down, {"bottom": ("2 conv", 1.5 * n)}, {"last": ("1×1 conv", -1.5), **up}]
 
 # %% ../nbs/20_unet.ipynb #f73ee55d
-def _place_unet(n: int) -> _Layout:
-    "The same for a plain Unet of n levels; its concatenations are labels on the skips."
-    step = 1.5
-    boxes: _Boxes = {"bottom": ("2 conv", 1, n * step), "last": ("1×1 conv", 2, -step)}
-    arrows: list[list[_Point]] = [[(0, -0.8), (0, -_HALF_H)], [(2, -_HALF_H), (2, _HALF_H - step)]]
-    arrows += [[(2, -step - _HALF_H), (2, -step - 0.8)]]
-    labels: list[_Label] = []
-    for i in range(n):
-        y = i * step
-        boxes |= {f"downs.{i}": ("2 conv", 0, y), f"ups.{n - 1 - i}": ("up, 2 conv", 2, y)}
-        arrows += [[(_HALF_W, y), (2 - _HALF_W, y)]]
-        labels += [("max-pool 2", 0.04, y + 0.55, "left"), ("concatenated", 1, y - 0.13, "center")]
-        if i < n - 1:
-            arrows += [[(0, y + _HALF_H), (0, y + step - _HALF_H)], [(2, y + step - _HALF_H), (2, y + _HALF_H)]]
-    y = n * step
-    arrows += [[(0, y - step + _HALF_H), (0, y), (1 - _HALF_W, y)], [(1 + _HALF_W, y), (2, y), (2, y - step + _HALF_H)]]
-    return boxes, arrows, [], labels
-
-# %% ../nbs/20_unet.ipynb #a6298640
-_FACES = {"encoding": "#cce4f3", "decoding": "#fae3b4"}
-_EDGES = {"shallow": "#009e73", "deep": "#b0478a"}
-
-
-def _box_style(net: nn.Module, name: str) -> dict[str, Any]:
-    "Face and frame of a module's box, from the regions that hold it."
-    face = [colour for region, colour in _FACES.items() if name in net.regions[region]]
-    edge = [colour for region, colour in _EDGES.items() if name in net.regions[region]]
-    colours = {"facecolor": (face or ["#f2f2f2"])[0], "edgecolor": (edge or ["#808080"])[0]}
-    return {**colours, "linewidth": 1.8 if edge else 0.6}
-
-
-def _region_legend(net: nn.Module) -> list:
-    "Legend entries: one per region, with its parameters, and one for modules in none but `all`."
-    from matplotlib.patches import Patch
-
-    style: dict[str, dict[str, Any]]
-    style = {**{r: {"facecolor": c, "edgecolor": "#808080", "linewidth": 0.6} for r, c in _FACES.items()},
-             **{r: {"facecolor": "white", "edgecolor": c, "linewidth": 1.8} for r, c in _EDGES.items()}}
-    return [Patch(label=f"{r}: {region_parameters(net, r):,}", **style[r]) for r in style]
+def _draw_ways(axes: Any, columns: list[_Column], views: bool) -> None:
+    "Arrows between the boxes, concatenations, and what is done on the way; `views`: the skips hold boxes."
+    left, middle, right = (sorted(y for _, y in column.values()) for column in columns)
+    *skips, bottom = middle if views else [*left, *middle]
+    stops = sorted([(y, _HALF_H) for y in right] + [(y, _DOT) for y in skips if views])
+    arrows = [[(0.0, left[0] - 0.8), (0.0, left[0] - _HALF_H)], [(2.0, right[0] - _HALF_H), (2.0, right[0] - 0.8)]]
+    arrows += [[(0, above + _HALF_H), (0, below - _HALF_H)] for above, below in pairwise(left)]
+    arrows += [[(2, below - far), (2, above + near)] for (above, near), (below, far) in pairwise(stops)]
+    arrows += [[(0, left[-1] + _HALF_H), (0, bottom), (1 - _HALF_W, bottom)]]
+    arrows += [[(1 + _HALF_W, bottom), (2, bottom), (2, right[-1] + _HALF_H)]]
+    labels = [("max-pool 2", 0.04, y + 0.6, "left") for y in left[1 - len(right) :]]
+    labels += [("views: dilations 1, 2, 4", 1, y - 0.52, "center") for y in middle if views]
+    line = {"color": "#404040", "linewidth": 0.9}
+    for y in skips:
+        if views:
+            arrows += [[(0, y), (1 - _HALF_W, y)], [(1 + _HALF_W, y), (2 - 0.4 * _DOT, y)]]
+            labels += [("concatenated", 2.06, y, "left"), ("bilinear ×2", 1.96, y + 0.4, "right")]
+            axes.plot(2, y, marker="o", markersize=5, markerfacecolor="white", markeredgecolor=line["color"], zorder=3)
+        else:
+            arrows += [[(_HALF_W, y), (2 - _HALF_W, y)]]
+            labels += [("concatenated", 1, y - 0.13, "center")]
+    for *start, end in arrows:
+        axes.plot(*zip(*start, end), zorder=1, solid_capstyle="butt", **line)
+        head = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "mutation_scale": 7, **line}
+        axes.annotate("", xy=end, xytext=start[-1], arrowprops=head)
+    for text, x, y, align in labels:
+        axes.text(x, y, text, ha=align, va="center", size=6, color="#303030")
 
 # %% ../nbs/20_unet.ipynb #2e2b70b3
-def _draw_boxes(axes: Any, net: nn.Module, boxes: _Boxes, size: tuple[int, int]) -> None:
+_PLAIN = {"facecolor": "#f2f2f2", "edgecolor": "#808080", "linewidth": 0.6}
+_LOOKS: dict[str, dict[str, Any]] = {  # region: what its boxes have in place of the plain face or frame
+    "encoding": {"facecolor": "#cce4f3"}, "decoding": {"facecolor": "#fae3b4"},
+    "shallow": {"edgecolor": "#009e73", "linewidth": 1.8}, "deep": {"edgecolor": "#b0478a", "linewidth": 1.8},
+}  # fmt: skip
+
+
+def _draw_boxes(axes: Any, net: nn.Module, columns: list[_Column], size: tuple[int, int]) -> None:
     "Boxes with title, channels, size and parameters; every number is read from the network."
     from matplotlib.patches import FancyBboxPatch
 
-    shapes = activations(*_on_meta(net, *size), boxes)
-    for name, (title, x, y) in boxes.items():
+    boxes = [(name, title, x, y) for x, column in enumerate(columns) for name, (title, y) in column.items()]
+    shapes = activations(*_on_meta(net, *size), [name for name, *_ in boxes])
+    for name, title, x, y in boxes:
         before, after = shapes[name]
-        style = {"boxstyle": "round,pad=0,rounding_size=0.06", "zorder": 2, **_box_style(net, name)}
+        style: dict[str, Any] = {"boxstyle": "round,pad=0,rounding_size=0.06", "zorder": 2, **_PLAIN}
+        for region, look in _LOOKS.items():
+            style |= look if name in net.regions[region] else {}
         axes.add_patch(FancyBboxPatch((x - _HALF_W, y - _HALF_H), 2 * _HALF_W, 2 * _HALF_H, **style))
         parameters = sum(p.numel() for p in net.get_submodule(name).parameters())
         centred = {"ha": "center", "va": "center"}
         axes.text(x, y - 0.2, f"{title}  {before.shape[1]}→{after.shape[1]}", weight="bold", size=6.8, **centred)
         below = f"{after.shape[2]}×{after.shape[3]} px\n{parameters:,} parameters"
         axes.text(x, y + 0.16, below, size=6.5, **centred)
-
-
-def _draw_arrows(axes: Any, arrows: list, joins: list, labels: list) -> None:
-    "Lines with a head at their last point, concatenations as circles, and what is done on the way."
-    line = {"color": "#404040", "linewidth": 0.9}
-    head = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "mutation_scale": 7, **line}
-    for *start, end in arrows:
-        axes.plot(*zip(*start, end), zorder=1, solid_capstyle="butt", **line)
-        axes.annotate("", xy=end, xytext=start[-1], arrowprops=head)
-    for x, y in joins:
-        axes.plot(x, y, marker="o", markersize=5, markerfacecolor="white", markeredgecolor="#404040", zorder=3)
-        axes.text(x + 0.6 * _DOT, y, "concatenated", ha="left", va="center", size=6, color="#303030")
-    for text, x, y, align in labels:
-        axes.text(x, y, text, ha=align, va="center", size=6, color="#303030")
 
 # %% ../nbs/20_unet.ipynb #ffa0efa7
 def draw_network(net: nn.Module, size: int | tuple[int, int] = 512, width_cm: float = 12.0) -> "Figure":
@@ -444,23 +409,25 @@ def draw_network(net: nn.Module, size: int | tuple[int, int] = 512, width_cm: fl
     Raises: ValueError for another network, or a size that does not fit its levels.
     """
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     if not isinstance(net, MultiViewUnet | Unet):
         raise ValueError(f"a {type(net).__name__} can not be drawn; pass a MultiViewUnet or a Unet")
-    multi_view = isinstance(net, MultiViewUnet)
-    boxes, arrows, joins, labels = _place_multi_view(net.levels) if multi_view else _place_unet(net.levels)
-    rows = [y for _, _, y in boxes.values()]
-    top, bottom, cm = min(rows) - 1.45, max(rows) + 1.15, 1 / 2.54
+    columns, views, cm = _columns(net), isinstance(net, MultiViewUnet), 1 / 2.54
+    rows = [y for column in columns for _, y in column.values()]
+    top, bottom = min(rows) - 1.45, max(rows) + 1.15
     grid_cm = width_cm / 2.9  # three columns and a margin
     figure = Figure(figsize=(width_cm * cm, (bottom - top) * 0.33 * grid_cm * cm), dpi=150)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(-0.45, 2.45), ylim=(bottom, top))
     axes.axis("off")
-    _draw_boxes(axes, net, boxes, (size, size) if isinstance(size, int) else size)
-    _draw_arrows(axes, arrows, joins, labels)
+    _draw_boxes(axes, net, columns, (size, size) if isinstance(size, int) else size)
+    _draw_ways(axes, columns, views)
     levels = f"{net.levels} level{'s' if net.levels > 1 else ''}: {region_parameters(net, 'all'):,} parameters"
-    axes.text(1, top + 0.3, f"{'Multi-view Unet' if multi_view else 'Unet'}, {levels}", ha="center", size=8)
+    axes.text(1, top + 0.3, f"{'Multi-view Unet' if views else 'Unet'}, {levels}", ha="center", size=8)
     axes.text(0, -0.93, "slice", ha="center", size=6.5)
     axes.text(2, min(rows) - 0.93, "logits", ha="center", size=6.5)
+    patches = [Patch(label=f"{region}: {region_parameters(net, region):,}", **{**_PLAIN, "facecolor": "white", **look})
+               for region, look in _LOOKS.items()]
     tight = {"frameon": False, "handlelength": 1.2, "handletextpad": 0.5, "columnspacing": 1.2}
-    axes.legend(handles=_region_legend(net), loc="lower center", ncols=4, fontsize=6.2, **tight)
+    axes.legend(handles=patches, loc="lower center", ncols=4, fontsize=6.2, **tight)
     return figure

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .ct import HeadCT
 from .display import MASK_COLOR, PREDICTION_COLOR, grey_slice, html_text, marked, plain_text, png_bytes, shown_mask
 from .prediction import Prediction
-from .prediction.sheet import pick_slices
+from .prediction.sheet import mosaic, pick_slices
 
 if TYPE_CHECKING:
     from ipywidgets import VBox
@@ -70,26 +70,22 @@ def contact_sheet(ct: HeadCT, masks: Mapping[str, np.ndarray], window: tuple[flo
     columns = min(columns, len(picks))
     tiles = [np.concatenate([line_of_text([(slice_words(ct, k), "#D0D0D0")], width), slice_picture(ct, k, masks, window, width)])
              for k in picks]
-    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
-    rows = [np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)]
     low, high = window
     words = [(title, "white")] * bool(title) + mask_words(ct, masks) + [(f"{low:g} to {high:g} HU", "#D0D0D0")]
-    return np.concatenate([line_of_text(words, width * columns, 20, 12), *rows])
+    return np.concatenate([line_of_text(words, width * columns, 20, 12), mosaic(np.stack(tiles), columns)])
 
 # %% ../nbs/72_viewer.ipynb #50c0d7e3
 def scan_and_masks(scan: HeadCT | Prediction | np.ndarray,
                    mask: np.ndarray | Mapping[str, np.ndarray] | None) -> tuple[HeadCT, dict[str, np.ndarray]]:
     "What `view` was given, as a head CT and masks by name. Raises: TypeError; ValueError for a mask of another shape."
-    own: dict[str, np.ndarray] = {}
+    given = dict(mask) if isinstance(mask, Mapping) else {} if mask is None else {"mask": mask}
     if isinstance(scan, Prediction):
-        own = {"prediction": scan.mask}
-        scan = scan.ct
+        given, scan = {**given, "prediction": scan.mask}, scan.ct
     if isinstance(scan, np.ndarray) and scan.ndim == 3:
         scan = HeadCT(scan, np.diag([-1.0, -1.0, 1.0, 1.0]), "an array")
     if not isinstance(scan, HeadCT):
         raise TypeError(f"can not view {type(scan).__name__}; give a HeadCT, a Prediction, or an array (X, Y, Z) of HU")
-    given = {} if mask is None else dict(mask) if isinstance(mask, Mapping) else {"mask": mask}
-    masks = {name: np.asarray(one) for name, one in ({**given, **own}).items()}
+    masks = {name: np.asarray(one) for name, one in given.items()}
     if len(masks) > len(COLORS):
         raise ValueError(f"{len(masks)} masks; there are colours for {len(COLORS)}")
     for name, one in masks.items():
@@ -97,34 +93,8 @@ def scan_and_masks(scan: HeadCT | Prediction | np.ndarray,
             raise ValueError(f"mask {name!r} has shape {one.shape}, the scan {scan.hu.shape}; give it on the scan's own voxels")
     return scan, masks
 
-# %% ../nbs/72_viewer.ipynb #730dcf15
-@dataclass(frozen=True, eq=False)
-class _Looked:
-    "A scan, masks by name, and how they are shown."
-
-    ct: HeadCT
-    masks: dict[str, np.ndarray]
-    window: tuple[float, float]
-    width: int
-    static: bool | None
-    title: str
-
-    @property
-    def first(self) -> int:
-        "The slice shown first: the one with most marked, or the middle one."
-        marks = [mask.astype(bool).sum((0, 1)) for mask in self.masks.values()]
-        return int(np.argmax(sum(marks))) if marks and any(m.any() for m in marks) else self.ct.hu.shape[2] // 2
-
-    def picture(self, k: int, window: tuple[float, float] | None = None, masks: bool = True) -> bytes:
-        "Slice `k` (from 0) as a PNG file."
-        return png_bytes(slice_picture(self.ct, k, self.masks if masks else {}, window or self.window, self.width))
-
-    def sheet(self) -> bytes:
-        "The still picture as a PNG file."
-        return png_bytes(contact_sheet(self.ct, self.masks, self.window, title=self.title), colors=128)
-
 # %% ../nbs/72_viewer.ipynb #70096b12
-def slider(looked: _Looked) -> "VBox":
+def slider(looked: "SliceView") -> "VBox":
     "The widget: a slider over slices. Raises: ModuleNotFoundError without ipywidgets."
     if find_spec("ipywidgets") is None:
         raise ModuleNotFoundError("ipywidgets is not installed: pip install ipywidgets, or view(..., static=True)")
@@ -146,15 +116,37 @@ def slider(looked: _Looked) -> "VBox":
     draw()
     return w.VBox([at, w.HBox([window, masks]), words, image])
 
-# %% ../nbs/72_viewer.ipynb #1f403020
+# %% ../nbs/72_viewer.ipynb #730dcf15
 def is_live() -> bool:
     "Whether this kernel belongs to a front end that can show widgets (JupyterLab, Notebook, VS Code, Colab), and ipywidgets is there."
     front = "JPY_SESSION_NAME" in os.environ or "VSCODE_PID" in os.environ or "google.colab" in sys.modules
     return front and "IPython" in sys.modules and find_spec("ipywidgets") is not None
 
-
-class SliceView(_Looked):
+# %% ../nbs/72_viewer.ipynb #1f403020
+@dataclass(frozen=True, eq=False)
+class SliceView:
     "A scan to look through; shows itself as a slider, or as a still picture where nothing moves."
+
+    ct: HeadCT
+    masks: dict[str, np.ndarray]
+    window: tuple[float, float]
+    width: int
+    static: bool | None
+    title: str
+
+    @property
+    def first(self) -> int:
+        "The slice shown first: the one with most marked, or the middle one."
+        marks = [mask.astype(bool).sum((0, 1)) for mask in self.masks.values()]
+        return int(np.argmax(sum(marks))) if marks and any(m.any() for m in marks) else self.ct.hu.shape[2] // 2
+
+    def picture(self, k: int, window: tuple[float, float] | None = None, masks: bool = True) -> bytes:
+        "Slice `k` (from 0) as a PNG file."
+        return png_bytes(slice_picture(self.ct, k, self.masks if masks else {}, window or self.window, self.width))
+
+    def sheet(self) -> bytes:
+        "The still picture as a PNG file."
+        return png_bytes(contact_sheet(self.ct, self.masks, self.window, title=self.title), colors=128)
 
     def __repr__(self) -> str:
         names = ", ".join(word for word, _ in mask_words(self.ct, self.masks)) or "no mask"

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from sahlora.cli import app
 from sahlora.cohort import make_phantom_cohort
-from sahlora.files import read_json
+from sahlora.files import read_json, write_json
 from sahlora.training import save_network
 from sahlora.unet import build_network
 
@@ -216,6 +216,51 @@ def test_pretrain_and_finetune(things, run, tmp_path):
     assert odd.exit_code == 2 and "did you mean 'patience'" in odd.stderr
     rates = run("finetune", "--base", base, "--cohort", things[1].folder, "--out", tmp_path / "z", "--learning-rate", "1e-3,fast")
     assert rates.exit_code == 2 and "--learning-rate 1e-3,1e-2" in rates.stderr
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--method", "shallow", "--region", "all"], "region 'all' has no effect on shallow"),
+    (["--method", "scratch", "--region", "nowhere"], "region 'nowhere' has no effect on scratch"),
+    (["--method", "none", "--option", "average=0.9"], "none: trains nothing"),
+    (["--option", "warmup=1", "--option", "warmup=2"], "--option warmup stands there twice"),
+    (["--option", "warmup=[20"], "--option warmup=[20: the value is not YAML"),
+    (["--option", "clip=!!python/object:os.system"], "the value is not YAML"),
+    (["--rank", 100000], "less than or equal to 1024"), (["--seed", 2**64], "less than 4294967296"), (["--steps", 2, "--learning-rate", 1e30], "is nan")])
+def test_options_without_a_meaning_are_refused_not_ignored(things, run, tmp_path, words, said):
+    done = run("finetune", "--base", things[0] / "model.safetensors", "--cohort", things[1].folder, "--out", tmp_path / "x", "--batch-size", 2,
+               "--quiet", *words)
+    assert done.exit_code == 2 and said in done.stderr, done.output
+
+
+def test_a_patient_who_was_trained_on_is_not_counted_as_tested(things, run, tmp_path):
+    folds = tmp_path / "folds.json"
+    assert run("cohort", "folds", things[1].folder, "--out", folds).exit_code == 0
+    content = read_json(folds)
+    content["split"][0]["fit"] = True
+    write_json(folds, content)
+    call = ["finetune", "--base", things[0] / "model.safetensors", "--cohort", things[1].folder, "--folds", folds, "--method", "none", "--quiet"]
+    done = run(*call, "--out", tmp_path / "run")
+    assert done.exit_code == 0 and "3 patients" in done.output, done.output
+    for change, said in (({"fit": "no"}, "fit is true or false"), ({"test": content["split"][1]["test"] * 2}, "twice")):
+        write_json(folds, {**content, "split": [content["split"][0] | change, *content["split"][1:]]})
+        wrong = run(*call, "--out", tmp_path / "wrong")
+        assert wrong.exit_code == 2 and said in wrong.stderr, wrong.output
+
+
+def test_words_of_others_do_not_steer_the_terminal(things, run, tmp_path):
+    scan = tmp_path / "scans" / "a\x1b[31mred\nb: 0.0 mL.nii.gz"
+    scan.parent.mkdir()
+    shutil.copy(things[1].folder / things[1].table.image[0], scan)
+    shutil.copy(scan, os.fsencode(scan.parent) + b"/M\xfcller.nii.gz")
+    (scan.parent / "c\x1b[2Jd.nii.gz").write_bytes(b"nothing")
+    done = predict(things, run, scan.parent, tmp_path / "out")
+    assert done.exit_code == 1 and "\x1b" not in done.output and "2 done, 0 skipped, 1 failed" in done.output, done.output
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} == {"a_[31mred_b: 0.0 mL", "M_ller"}
+    assert "\x1b" not in (tmp_path / "out/cases.csv").read_text(encoding="utf-8")
+    again = predict(things, run, scan.parent, tmp_path / "out")
+    assert again.exit_code == 1 and "0 done, 2 skipped, 1 failed" in again.output, again.output
+    refused = run("cohort", "check", tmp_path / "x\x1b[31m")
+    assert refused.exit_code == 2 and "x?[31m" in refused.stderr
 
 
 def test_more_about_the_training(things, run, tmp_path):

@@ -67,10 +67,10 @@ def test_columns_that_may_be_missing_are_missed_by_nobody(cohort, missing):
 BAD = [
     ({"case": "same"}, "stands in it twice"), ({"case": ["", "b"]}, "case '' can not be the name of a file"),
     *(({"case": [name, "b"]}, "can not be the name of a file") for name in ("a/b", "..", ".a", "a\tb", "x" * 300, "Thumbs.db")),
-    ({"patient": ["", "p"]}, "has no patient"),
+    ({"patient": ["", "p"]}, "has no patient"), ({"patient": ["p\x1b[31m", "q"]}, "can not be printed"), ({"site": "a\tb"}, "can not be printed"),
     ({"intensity": "grey"}, "neither hu nor window"), ({"intensity": ""}, "neither hu nor window"),
     *(({"intensity": word}, "neither hu nor window") for word in (
-        "window:", "window:0", "window:0,80,1", "window:80,0", "window:0,0", "window:a,b", "window:0,inf", "window:nan,80", "0,80")),
+        "window:", "window:0", "window:0,80,1", "window:80,0", "window:0,0", "window:a,b", "window:0,inf", "window:nan,80", "0,80", "window:-1e308,1e308")),
     ({"spacing": "maybe"}, "neither known nor unknown"), ({"spacing": ""}, "neither known nor unknown"),
     ({"image": "images/none.nii.gz"}, "is not there"), ({"image": ["", ""]}, "'' is not there"), ({"label": "labels"}, "is not there"),
     *(({"blood_ml": [word, "1"]}, "is not a volume in mL") for word in ("much", "-1", "inf", "1e999", "1,5", "nan")),
@@ -87,6 +87,29 @@ def test_bad_tables_are_refused(cohort, columns, words):
     with pytest.raises(ValueError, match=words) as error:
         Cohort.read(cohort.folder)
     assert "cohort.csv" in str(error.value)
+
+
+def grey(array):
+    return (np.clip(array, 0, 80) / 80 * 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("words, voxels, affine", [
+    ("one slice of 32 x 40 pixels", lambda a: a[:, :, :1], np.eye(4)), ("mm; expected pixels", np.asarray, np.diag([1.0, 1, 20, 1])),
+    ("mm; expected pixels", np.asarray, np.diag([1e-6, 1e-6, 1e-6, 1])), ("HU", grey, np.eye(4)),
+    ("not a number", lambda a: np.where(a > 1000, np.nan, a.astype(float)), np.eye(4))])
+def test_what_prediction_refuses_training_refuses_too(cohort, words, voxels, affine):
+    "In the same words, naming the file; the table can not know it."
+    for image, label in zip(cohort.table.image, cohort.table.label):
+        for name, change in ((image, voxels), (label, lambda a: voxels(a) if a.shape != voxels(a).shape else a)):
+            scan = read_nifti(cohort.folder / name)
+            write_nifti(cohort.folder / name, change(scan.array), scan.affine @ affine)
+    rewrite(cohort, sha256="", voxels="")
+    with pytest.raises(ValueError, match=words) as training:
+        list(Cohort.read(cohort.folder))
+    assert cohort.table.image[0] in str(training.value) and not check_cohort(cohort.folder).ok
+    with pytest.raises(ValueError) as prediction:
+        read_ct(cohort.folder / cohort.table.image[0])
+    assert str(prediction.value) == str(training.value)
 
 
 def test_two_masks_of_one_image_may_have_a_row_each(cohort):

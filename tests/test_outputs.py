@@ -211,7 +211,7 @@ def test_an_interrupted_call_is_gone_on_with_and_another_refused(tmp_path):
     assert not write(tmp_path, 1, ("a.txt", "b.txt")) and set(contents(tmp_path)) == {"a.txt", "b.txt"}
 
 
-@pytest.mark.parametrize("name", ["../outside.txt", "/etc/hostname", "sub/../../outside.txt"])
+@pytest.mark.parametrize("name", ["../outside.txt", "/etc/hostname", "sub/../../outside.txt", ".", "", "./"])
 def test_a_record_can_not_reach_out_of_its_folder(tmp_path, name):
     (tmp_path / "outside.txt").write_text("mine")
     out = tmp_path / "out"
@@ -221,9 +221,9 @@ def test_a_record_can_not_reach_out_of_its_folder(tmp_path, name):
     assert (tmp_path / "outside.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"command": "a", "facts": 1, "files": [], "complete": true}'])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "[" * 100_000, "\udcff{", '{"command": "a", "facts": 1, "files": [], "complete": true}'])
 def test_a_damaged_record_is_named(tmp_path, text):
-    (tmp_path / RECORD).write_text(text)
+    (tmp_path / RECORD).write_text(text, errors="surrogateescape")
     with pytest.raises(ValueError, match=RECORD):
         write(tmp_path, 1, overwrite=True)
 
@@ -233,6 +233,20 @@ def test_two_versions_do_not_mix(tmp_path, monkeypatch):
     monkeypatch.setattr(outputs, "package_version", lambda name: "9.9")
     with pytest.raises(ValueError, match="sahlora was .*, is '9.9'"):
         write(tmp_path, 1)
+
+
+@pytest.mark.parametrize("reads", ["a.txt", "sub/deep", "link"])
+def test_overwriting_never_removes_what_the_call_reads(tmp_path, reads):
+    "Neither a file of the record, nor a folder with one in it, nor what a link leads to."
+    write(tmp_path / "out", 1, ("a.txt", "sub/b.txt"))
+    (tmp_path / "link").symlink_to(tmp_path / "out/sub")
+    (tmp_path / "out/sub/deep").symlink_to(tmp_path / "out/a.txt")
+    before = contents(tmp_path / "out")
+    source = tmp_path / reads if reads == "link" else tmp_path / "out" / reads
+    with pytest.raises(ValueError, match="which this call reads"), \
+            output_folder(tmp_path / "out", "write", {"number": 2}, ["a.txt"], True, [source]):
+        pytest.fail("it must be refused before anything is done")
+    assert contents(tmp_path / "out") == before
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------
@@ -278,9 +292,20 @@ def test_finetuning_into_another_runs_folder(made, tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine" and load_run(tmp_path)[0]["strategy"]["method"] == "fine-tuning"
 
 
+def test_training_does_not_overwrite_what_it_reads(made, tmp_path):
+    "A base, and a cohort, that lie in the folder to be replaced."
+    base, source, target = made
+    before = {path: path.read_bytes() for folder in (base.parent, source.folder) for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="model.safetensors, which this call reads"):
+        finetune(made, base.parent, overwrite=True)
+    with pytest.raises(ValueError, match="source, which this call reads"):
+        pretrain(source, source.folder, NETWORK, TRAINING, quiet=True, overwrite=True)
+    assert all(path.read_bytes() == was for path, was in before.items())
+
+
 def test_finetuning_twice_trains_once(made, tmp_path, monkeypatch):
     first = finetune(made, tmp_path)
-    monkeypatch.setattr("sahlora.transfer.train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr("sahlora.transfer.train_patients", lambda *_, **__: pytest.fail("trained again"))
     again, columns = finetune(made, tmp_path), ["method", "patient", "fold", "dice_soft", "predicted_ml"]
     assert list(again) == list(first) and again[columns].to_dict("list") == first[columns].to_dict("list")
 

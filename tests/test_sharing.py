@@ -27,7 +27,7 @@ from sahlora.models import WEIGHTS, find_weights, make_models, read_recipe, ship
 from sahlora.phantom import make_case
 from sahlora.prediction import InputSpec, load_model, predict_scan
 from sahlora.sharing import export_bundle, inference_config, shipped_card
-from sahlora.training import predict_volume, save_network
+from sahlora.training import predict_volume, pretrain, save_network
 from sahlora.unet import MultiViewUnet, build_network
 
 FILES = ["LICENSE", "configs/inference.json", "configs/metadata.json", "docs/README.md", "models/model.pt", "models/model.ts", "record.json"]
@@ -284,6 +284,28 @@ def test_a_card_takes_the_words_of_a_file_as_text(tmp_path, text):
     tags = set(re.findall(r"<(\w+)", made)) - {"code"}
     assert tags == {"h1", "h2", "blockquote", "p", "ul", "li"} and made.count("<h1") == 1 and made.count("<h2") == 7
     assert html.unescape(re.sub("<[^>]+>", "", made)).count(plain_text(text)) >= 7
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"role": "fit"}, "no patient was tested"), ({"dice_soft": 7.5}, "not from 0 to 1"), ({"dice_soft": "0,5"}, "could not convert"),
+    ({"role": None}, "no patient was tested"), (["dice_soft"], "dice_soft"), (["role"], "role"), (["volume_ml"], "volume_ml")])
+def test_a_card_shows_scores_of_unseen_patients_alone(tmp_path, change, said):
+    scores, path = pd.read_csv(WEIGHTS / "patients.csv"), tmp_path / "scores.csv"
+    scores = scores.drop(columns=change) if isinstance(change, list) else scores.assign(**change)
+    scores.to_csv(path, index=False)
+    with pytest.raises(ValueError, match=f"scores.csv: .*{said}"):
+        export_bundle(tmp_path / "bundle", scores=path)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_bundle_never_replaces_the_weights_it_is_made_of(tmp_path):
+    base = tmp_path / "base"
+    cohort = make_phantom_cohort(tmp_path / "source", "tbi", cases=2, seed=12, grid=(32, 40), slices=6)
+    pretrain(cohort, base, {"name": "multi-view-unet", "levels": 1}, {"steps": 2, "batch_size": 2}, quiet=True)
+    before = (base / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="model.safetensors, which this call reads"):
+        export_bundle(base, base / "model.safetensors", overwrite=True)
+    assert (base / "model.safetensors").read_bytes() == before
 
 
 def test_a_card_shows_no_scores_of_another_run(tmp_path):

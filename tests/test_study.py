@@ -67,6 +67,19 @@ def test_committed_studies_are_right(project, name):
     ("networks.unet.pretrain.options", {"shedule": "cosine"}, "did you mean 'schedule'"),
     ("networks", {"My net": {}}, "networks"),
     ("runs.0.patients", [2], "not with none"),
+    ("runs.0.ranks", [4], "runs.0.ranks: has no effect on none"),
+    ("runs.0.steps", 5, "runs.0.steps: has no effect on none"),
+    ("runs.1.learning_rate", 0.1, "runs.1.learning_rate: has no effect on norm-stats"),
+    ("runs.1.regions", ["all"], "runs.1.regions: has no effect on norm-stats"),
+    ("runs.2.alpha", 4.0, "runs.2.alpha: has no effect on fine-tuning"),
+    ("pretrain.options", {"steps": 1}, "steps has a key of its own"),
+    ("pretrain.options", {"precision": "bf16"}, "precision has a key of its own"),
+    ("finetune.options", {"seed": 5}, "seed has a key of its own"),
+    ("pretrain.options", {"warmup": 500}, "warmup"),
+    ("pretrain.seed", 2**70, "less than 4294967296"),
+    ("seeds", [2**32], "less than 4294967296"),
+    ("target.cases", 10_001, "less than or equal to 10000"),
+    ("tolerance_mm", 1e9, "less than or equal to 100"),
     ("runs.3.patients", [0], "greater than 0"),
     ("target", {"layout": "pairs", "path": "mine", "lables": "1=SAH"}, "did you mean 'labels'"),
     ("claims", {"margn": 0.1}, "did you mean 'margin'"),
@@ -76,6 +89,23 @@ def test_mistakes_are_found_and_named(write, path, value, words):
     with pytest.raises(ValueError) as error:
         read_study(write(path, value))
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("path, value, words", [
+    ("folds", 50, "50 folds of 9 patients"),
+    ("folds", {"method": "stratified", "count": 10}, "10 folds of 9 patients"),
+    ("folds", {"train": ["asah-0000-s202", "x"], "test": ["asah-0001-s202"]}, "the target has no patient x"),
+    ("folds", {"train": ["asah-0000-s202"], "test": ["asah-0000-s202"]}, "1 patient is in both"),
+    ("runs.3.patients", [7], "patients: 7, but a fold trains on 6"),
+    ("runs", [{"method": "cp-lora", "patients": [1], "learning_rate": [1e-3, 1e-2]}], "needs two patients or more"),
+    ("source", {"layout": "phantom", "kind": "asah", "cases": 3, "seed": 202}, "source and target: 3 patients are in both"),
+    ("target.grid", [5, 5], "two even whole numbers"),
+])
+def test_patients_that_can_not_be_are_told_before_anything_runs(write, tmp_path, path, value, words):
+    study = write(path, value)
+    with pytest.raises(ValueError) as said:
+        make_batch(study, tmp_path / "runs")
+    assert words in str(said.value) and "mine.yaml" in str(said.value) and not (tmp_path / "runs").exists()
 
 
 def test_every_mistake_is_said_at_once(write):
@@ -113,8 +143,8 @@ def test_an_unknown_study_lists_the_others(project):
 
 
 def test_expansion_is_the_product(write):
-    study = read_study(write("runs", [{"method": "none", "ranks": [1, 2]},
-                                      {"method": "fine-tuning", "regions": ["all", "deep"], "ranks": [1, 2]},
+    study = read_study(write("runs", [{"method": "none"},
+                                      {"method": "fine-tuning", "regions": ["all", "deep"]},
                                       {"method": "cp-lora", "regions": ["all", "deep"], "ranks": [1, 2], "steps": 7}]))
     runs = expand_runs(study)
     assert [run["id"] for run in runs] == ["none-s0", "fine-tuning-all-s0", "fine-tuning-deep-s0", "cp-lora-r1-all-s0",

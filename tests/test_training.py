@@ -1,5 +1,6 @@
 """Batches, augmentation, the loop and its checkpoints: balanced, seeded, frozen where it says frozen, resumable."""
 import copy
+import json
 import os
 import shutil
 import signal
@@ -22,11 +23,17 @@ from sahlora.cohort import Case, Cohort, make_phantom_cohort, write_cohort
 from sahlora.files import load_tensors, save_tensors
 from sahlora.outputs import differences
 from sahlora.slices import BalancedBatches, open_store, pack, unpack
-from sahlora.training import (Training, _averaged, batch_dice, ct_to_images, dice_of_rows, load_network, make_loss, make_training, pad_to_multiple, predict,
+from sahlora.training import (Training, _averaged, batch_dice, batch_loss, ct_to_images, dice_of_rows, load_network, make_training, pad_to_multiple, predict,
                               pretrain, save_network, train, training_facts, weights_hash)
-from sahlora.unet import MultiViewUnet, Unet
+from sahlora.unet import NETWORKS, MultiViewUnet, Unet
 
 PLAIN = Training(steps=4, batch_size=4, precision="fp32", augmentation=NO_AUGMENTATION)
+
+
+def with_air_and_bone(hu):
+    "HU (X, Y, Z) with a rim of air and of bone, without which a volume is not taken for CT."
+    hu[0], hu[-1] = -1000, 1000
+    return hu
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +44,7 @@ def store(tmp_path_factory):
         hu = np.rint(draw.uniform(0, 40, (16, 16, 3))).astype(np.int16)
         mask = np.zeros((16, 16, 3), np.uint8)
         mask[4:10, 4:10, 1] = k < 4
-        cases.append(Case(f"c{k}", f"p{k}", "toy", hu + 60 * mask.astype(np.int16), mask, np.diag([-1.0, -1, 5, 1])))
+        cases.append(Case(f"c{k}", f"p{k}", "toy", with_air_and_bone(hu + 60 * mask.astype(np.int16)), mask, np.diag([-1.0, -1, 5, 1])))
     return open_store(write_cohort(tmp_path_factory.mktemp("toy") / "cohort", cases), 4)
 
 
@@ -98,20 +105,29 @@ def test_a_store_made_by_many_at_once_is_one_store(store, tmp_path, monkeypatch)
 
 
 def test_slices_of_two_sizes_are_refused(tmp_path):
-    cases = [Case(f"c{n}", f"p{n}", "toy", np.zeros((n, 16, 2), np.int16), np.zeros((n, 16, 2), np.uint8), np.eye(4)) for n in (16, 24)]
+    cases = [Case(f"c{n}", f"p{n}", "toy", with_air_and_bone(np.zeros((n, 16, 2), np.int16)), np.zeros((n, 16, 2), np.uint8), np.eye(4)) for n in (16, 24)]
     with pytest.raises(ValueError, match="c24.*one slice size"):
         open_store(write_cohort(tmp_path / "c", cases), 4)
     assert not (tmp_path / "c/cache").exists()
 
 
+def other_index(folder, **change):
+    "Change entries of index.json, which keeps its form."
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps(index | {name: list(how(index[name])) for name, how in change.items()}))
+
+
 @pytest.mark.parametrize("damage", [lambda f: (f / "masks.u8").write_bytes((f / "masks.u8").read_bytes()[:-1]),
                                     lambda f: (f / "images.u8").unlink(), lambda f: (f / "index.json").write_text("{"),
-                                    lambda f: (f / "index.json").write_text("{}")])
+                                    lambda f: (f / "index.json").write_text("{}"), lambda f: (f / "index.json").write_text("[" * 100_000),
+                                    lambda f: other_index(f, patients=reversed), lambda f: other_index(f, size=reversed),
+                                    lambda f: other_index(f, blood=lambda blood: [not one for one in blood])])
 def test_a_store_that_is_not_whole_is_made_again(store, tmp_path, damage):
     shutil.copytree(store.folder.parent.parent, tmp_path / "c")
     damage(tmp_path / "c/cache" / store.folder.name)
     again = open_store(Cohort.read(tmp_path / "c"), 4)
     assert torch.equal(again.read(range(len(store)))[0], store.read(range(len(store)))[0])
+    assert all(getattr(again, name).tolist() == getattr(store, name).tolist() for name in ("patients", "cases", "blood"))
 
 
 @pytest.mark.parametrize("trap", [lambda own: own.symlink_to(own.parent / "theirs"), lambda own: (own.mkdir(), own.chmod(0o777))])
@@ -221,7 +237,8 @@ def test_jitter_moves_the_window():
 
 @pytest.mark.parametrize("wrong", [{"elastic": 2}, {"flip": -1}, {"masks": "big"}, {"sigma": 0}, {"jitter_hu": 30.5}, {"jitter_hu": 71},
                                    {"jitter_hu": float("nan")}, {"alpha": float("inf")}, {"alpha": -5.0}, {"sigma": 1e6}, {"flip": "0.5"},
-                                   {"jitter_weight": float("inf")}, {"elastic": True}])
+                                   {"jitter_weight": float("inf")}, {"elastic": True}, {"alpha": 1e12}, {"jitter_weight": 0.0},
+                                   {"jitter_weight": 1e308}])
 def test_impossible_augmentation_is_refused(wrong):
     with pytest.raises(ValueError):
         Augmentation(**wrong)
@@ -239,7 +256,7 @@ def test_padding_is_below_and_right():
 def test_losses_are_monais():
     logits, truth = torch.randn(3, 1, 9, 9), (torch.rand(3, 1, 9, 9) > 0.7).float()
     assert torch.isclose(1 - batch_dice(logits, truth), DiceLoss(sigmoid=True, batch=True)(logits, truth), atol=1e-6)
-    loss, dice = make_loss("dice+ce")(logits, truth, torch.ones(3))
+    loss, dice = batch_loss("dice+ce", logits, truth, torch.ones(3))
     assert torch.isclose(loss, DiceCELoss(sigmoid=True, batch=True)(logits, truth), atol=1e-5) and 0 < dice < 1
 
 
@@ -295,7 +312,7 @@ def test_two_slices_can_be_learned_by_heart(tmp_path):
         mask = np.zeros((32, 32, 1), np.uint8)
         mask[8 + 6 * k : 18 + 6 * k, 6:20] = 1
         hu = np.rint(draw.normal(35, 8, mask.shape) + 25 * mask).astype(np.int16)
-        cases.append(Case(f"c{k}", f"p{k}", "toy", hu, mask, np.diag([-1.0, -1, 5, 1]), spacing="unknown"))
+        cases.append(Case(f"c{k}", f"p{k}", "toy", with_air_and_bone(hu), mask, np.diag([-1.0, -1, 5, 1]), spacing="unknown"))
     two = open_store(write_cohort(tmp_path / "two", cases), 4)
     net = network(levels=2)
     train(net, two, everything(two), Training(steps=150, batch_size=2, learning_rate=3e-3, augmentation=NO_AUGMENTATION), quiet=True)
@@ -370,6 +387,41 @@ def test_stopping_early_keeps_a_copy_of_the_best(store):
         train(network(), store, everything(store), how, quiet=True)
 
 
+def test_a_training_shorter_than_an_epoch_is_scored_at_its_end(store):
+    how = Training(steps=2, batch_size=2, patience=1, augmentation=NO_AUGMENTATION)
+    history = train(network(), store, store.rows(["p0", "p1"]), how, validation=store.rows(["p2", "p3"]), quiet=True)
+    assert len(history) == 2 and history.epoch.max() == 1 and history.validation.notna().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("rate", [1e30, 1e9])
+def test_weights_that_run_away_in_the_last_step_are_not_kept(store, tmp_path, rate):
+    with pytest.raises(FloatingPointError, match="the weights ran away in the last step"):
+        train(network(), store, everything(store), Training(steps=1, batch_size=4, learning_rate=rate), quiet=True)
+
+
+def test_nobody_trains_on_masks_without_blood(tmp_path):
+    air = np.random.default_rng(0).integers(-1000, 80, (16, 16, 3)).astype(np.int16)
+    cases = [Case(f"c{k}", f"p{k}", "toy", with_air_and_bone(air + k), np.zeros(air.shape, np.uint8), np.diag([-2.0, -2, 5, 1])) for k in range(3)]
+    with pytest.raises(ValueError, match="no training patient has any blood"):
+        pretrain(write_cohort(tmp_path / "c", cases), tmp_path / "base", {"name": "multi-view-unet", "levels": 1}, {"steps": 2}, quiet=True)
+    assert not (tmp_path / "base/model.safetensors").exists()
+
+
+def test_a_network_of_ones_own_needs_no_multiple(store, monkeypatch, tmp_path):
+    "One that takes any size says nothing of it."
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config, self.regions, self.only = {"name": "plain"}, {}, torch.nn.Conv2d(1, 1, 3, padding=1)
+
+        def forward(self, x):
+            return self.only(x)
+
+    monkeypatch.setitem(NETWORKS, "plain", Plain)
+    history = pretrain(Cohort.read(store.folder.parent.parent), tmp_path / "base", {"name": "plain"}, {"steps": 2, "batch_size": 2}, quiet=True)
+    assert len(history) == 2 and load_network(tmp_path / "base/model.safetensors")[0].multiple == 1
+
+
 def test_a_loss_that_is_not_a_number_names_cases_and_keeps_the_checkpoint(store, tmp_path):
     checkpoint = Checkpoint(tmp_path / "run.safetensors", {})
     train(net := network(), store, everything(store), PLAIN, checkpoint=checkpoint, every=2, quiet=True)
@@ -395,7 +447,9 @@ def test_nothing_to_train_is_an_error(store):
                                           ({"device": "gpu"}, "device"), ({"precision": "fp8"}, "precision"), ({"seed": -1}, "seed"),
                                           ({"seed": 0.5}, "seed"), ({"warmup": 1.5}, "warmup"), ({"workers": -1}, "workers"),
                                           ({"compile": "yes"}, "compile"), ({"weight_decay": float("inf")}, "weight_decay"),
-                                          ({"augmentation": "none"}, "augmentation")])
+                                          ({"augmentation": "none"}, "augmentation"), ({"warmup": 100}, "warmup must be below the 100 steps"),
+                                          ({"learning_rate": 1e-300}, "learning_rate"), ({"learning_rate": 1e300}, "learning_rate"),
+                                          ({"clip": 1e-30}, "clip"), ({"weight_decay": 1e30}, "weight_decay"), ({"seed": 2**64}, "seed")])
 def test_wrong_options_are_named(wrong, words):
     with pytest.raises(ValueError, match=words):
         make_training(wrong)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -232,10 +233,18 @@ def test_a_magnitude_is_inert_where_scaling_it_changes_nothing(method):
 
 def test_inner_splits_are_by_patient():
     for n in range(2, 12):
-        train_part, validation = inner_split([f"p{k}" for k in range(n)], seed=n)
+        train_part, validation = inner_split(names := [f"p{k}" for k in range(n)], names, seed=n)
         assert train_part and validation and sorted(train_part + validation) == sorted(f"p{k}" for k in range(n))
-    with pytest.raises(ValueError, match="two patients"):
-        inner_split(["p0"])
+    for bleeding in ([], ["p0"], ["p0", "of another cohort"]):
+        with pytest.raises(ValueError, match=f"two patients with blood or more, there is {len(bleeding[:1])}"):
+            inner_split(["p0", "p1", "p2"], bleeding)
+
+
+def test_both_sides_of_an_inner_split_have_blood():
+    names = [f"p{k}" for k in range(20)]
+    for seed in range(50):
+        for part in inner_split(names, ["p3", "p17"], seed):
+            assert len({"p3", "p17"} & {*part}) == 1 and 4 <= len(part) <= 16
 
 
 def test_a_learning_rate_is_chosen_without_the_test_patients(made, tmp_path):
@@ -300,6 +309,10 @@ def test_training_patients_without_blood_stop_a_run(made, tmp_path):
     folds = kfold(healthy.patients, 2)
     with pytest.raises(ValueError, match="no training patient has any blood"):
         cross_validate(base, healthy, Strategy("decoding", **SHORT), folds, tmp_path / "out", quiet=True)
+    few = write_cohort(tmp_path / "few", [replace(case, label=mask * (k != 1)) for k, (case, (_, _, mask)) in enumerate(zip(cases, cohort))])
+    for strategy in (Strategy("decoding", learning_rate=(1e-3, 1e-2), **SHORT), Strategy("decoding", training={"patience": 1}, **SHORT)):
+        with pytest.raises(ValueError, match="two patients with blood"):
+            cross_validate(base, few, strategy, folds, tmp_path / "out", quiet=True)
     assert not (tmp_path / "out").exists()
     table = cross_validate(base, healthy, Strategy("none"), folds, tmp_path / "none", quiet=True)
     assert len(table) == 4 and (table.volume_ml > 0).sum() == 1

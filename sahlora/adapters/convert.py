@@ -6,12 +6,12 @@
 __all__ = ['check_peft', 'as_convlora', 'to_peft', 'from_peft', 'cp_project', 'Compression', 'compress']
 
 # %% ../../nbs/38_adapters.convert.ipynb #6e1a1fc0
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from math import hypot
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .core import METHODS, Adapter, Config, Part, check_config, delta_weight, update, wrapped_name
+from .core import METHODS, Adapter, Config, Part, update, wrapped_name
 from .cp_lora import cp_delta, khatri_rao
-from .network import Extras, Summary, adapters, install, markdown_table, parts_of, refuse_merged
-from .network import require, shared_config, summary, text_table
+from .network import Extras, Summary, check_new, install, layer_table, parts_of
+from .network import refuse_merged, require, shared_config, summary
 from .select import base_modules, check_conv, check_rank, nearest, ranks
 from ..files import atomic_path, read_json, write_json
 
@@ -150,12 +150,9 @@ def from_peft(net: nn.Module, folder: str | Path, name: str = "default") -> Summ
     PEFT's files do not say which base they were trained on, so this can not be checked; its input dropout is not kept.
     Raises: FileNotFoundError, ValueError that says what PEFT has and this has not; RuntimeError while merged.
     """
-    refuse_merged(net, "loading an adapter")
-    if name in adapters(net):
-        raise ValueError(f"there is an adapter named {name!r} already; give another name=")
+    check_new(net, Config(name), "loading an adapter")  # before anything is read
     settings, layers = _read_peft(Path(folder))
     config = Config(name, "convdora" if settings.get("use_dora") else "convlora", where=", ".join(layers))
-    check_config(config)
     if not layers:
         raise ValueError(f"{folder}: adapter_model.safetensors holds no layer; save the adapter again")
     parts: dict[str, Part] = {}
@@ -215,23 +212,16 @@ class Compression:
     parameters: tuple[int, int]
     factors: dict[str, list[Tensor]]
 
-    def _show(self) -> tuple[str, list[list[str]]]:
-        rows = [[name, f"{error:.3f}"] for name, error in self.errors.items()]
+    def _show(self, form: str, gap: str) -> str:
+        rows = [[name, f"{error:.3f}"] for name, error in [*self.errors.items(), ("all", self.error)]]
         title = f"{self.parameters[1]:,} parameters, compressed from {self.parameters[0]:,}"
-        return title, [["layer", "relative error"], *rows, ["all", f"{self.error:.3f}"]]
+        return title + gap + layer_table([["layer", "relative error"], *rows], form, left=1)
 
     def __repr__(self) -> str:
-        title, cells = self._show()
-        return f"{title}\n{text_table(cells, 1)}"
+        return self._show("plain", "\n")
 
     def _repr_markdown_(self) -> str:
-        title, cells = self._show()
-        return f"{title}\n\n{markdown_table(cells, 1)}"
-
-
-def _total(errors: Mapping[str, float], norms: Mapping[str, float]) -> float:
-    whole = sum(n**2 for n in norms.values())
-    return (sum((errors[k] * norms[k]) ** 2 for k in norms) / whole) ** 0.5 if whole else 0.0
+        return self._show("pipe", "\n\n")
 
 # %% ../../nbs/38_adapters.convert.ipynb #d49b6957
 def compress(net_or_delta: nn.Module | Tensor, rank: int | Mapping[str, int], name: str = "compressed") -> Compression:
@@ -244,12 +234,9 @@ def compress(net_or_delta: nn.Module | Tensor, rank: int | Mapping[str, int], na
         near, error = cp_project(net_or_delta, check_rank(rank))
         counts = net_or_delta.numel(), sum(f.numel() for f in near)
         return Compression({"delta": error}, error, counts, {"delta": near})
-    net, source = net_or_delta, require(net_or_delta)
-    refuse_merged(net, "compressing an adapter")
-    if name in adapters(net):
-        raise ValueError(f"there is an adapter named {name!r} already; choose another name=")
-    found = parts_of(net, source)
+    net, found = net_or_delta, parts_of(net_or_delta, require(net_or_delta))
     config = _cp_config(shared_config(found), name)
+    check_new(net, config, "compressing an adapter")
     layers = {n: (module, part) for n, (module, part) in found.items() if isinstance(part, Adapter)}
     parts: dict[str, Part] = deepcopy({n: part for n, (_, part) in found.items() if n not in layers})
     for part in parts.values():
@@ -261,7 +248,8 @@ def compress(net_or_delta: nn.Module | Tensor, rank: int | Mapping[str, int], na
         parts[n] = _cp_adapter(module, part, factors[n], config)
     counts = _count(part for _, part in found.values()), _count(parts.values())
     install(net, name, parts)
-    return Compression(errors, _total(errors, norms), counts, factors)
+    error = hypot(*(errors[n] * norms[n] for n in layers)) / (hypot(*norms.values()) or 1)
+    return Compression(errors, error, counts, factors)
 
 # %% ../../nbs/38_adapters.convert.ipynb #f8b73432
 def _count(parts: Iterable[Part]) -> int:
@@ -269,13 +257,11 @@ def _count(parts: Iterable[Part]) -> int:
 
 
 def _cp_config(config: Config, name: str) -> Config:
-    "The settings of an adapter's CP form: one for all its parts, the scale inside the factors. Raises: TypeError."
+    "The settings of an adapter's CP form: one for all its parts, the scale inside the factors."
     wrapper = METHODS[config.method].wrapper
     options = {key: v for key, v in config.options.items() if wrapper and key in wrapper.choices}
     method = wrapped_name("cp-lora", wrapper.name) if wrapper else "cp-lora"
-    made = replace(config, name=name, method=method, alpha=None, scaling="lora", options=options)
-    check_config(made)
-    return made
+    return replace(config, name=name, method=method, alpha=None, scaling="lora", options=options)
 
 
 def _project(name: str, part: Adapter, rank: int) -> tuple[list[Tensor], float, float]:

@@ -9,7 +9,6 @@ __all__ = ['khatri_rao', 'cp_delta', 'CPLoRA']
 from collections.abc import Mapping
 from math import prod
 
-import torch
 from torch import Tensor, nn
 
 from .core import Delta, Shape, conv_like, pointwise, register

@@ -9,18 +9,18 @@ __all__ = ['FORMAT', 'tensor_hash', 'base_hashes', 'checksum', 'save_adapter', '
 import hashlib
 import json
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .core import Adapter, Config, Part, check_config
-from .network import Extras, Summary, adapters, install, make_extras, parts_of, refuse_merged
+from .core import Adapter, Config, Part
+from .network import Extras, Summary, check_new, install, make_extras, parts_of, refuse_merged
 from .network import require, shared_config, summary
 from .select import base_modules, check_conv, nearest
-from ..files import load_tensors, save_tensors
+from ..files import load_tensors, package_version, save_tensors
 
 # %% ../../nbs/37_adapters.files.ipynb #5ff40085
 def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -62,13 +62,6 @@ def _tensors(part: Part) -> dict[str, Tensor]:
     return {**part._parameters, **part._buffers}
 
 
-def _version() -> str:
-    try:
-        return version("sahlora")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "unknown"
-
-
 def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     "SHA-256 of a header (without its own checksum) and of tensors, as 64 hex digits."
     rest = {key: value for key, value in header.items() if key != "checksum"}
@@ -76,13 +69,6 @@ def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256((text + tensor_hash(tensors)).encode()).hexdigest()
 
 
-def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        return json.loads(json.dumps(dict(metadata), allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"metadata must be plain JSON values: {error}") from error
-
-# %% ../../nbs/37_adapters.files.ipynb #ba07920d
 def _entry(module: nn.Module, part: Part) -> dict[str, Any]:
     "What the header says about one module's part of an adapter."
     kind = type(module).__name__.removeprefix("Adapted")
@@ -91,7 +77,7 @@ def _entry(module: nn.Module, part: Part) -> dict[str, Any]:
         return {"kind": kind, "weight": list(module._parameters["weight"].shape), "rank": part.rank, "tensors": shapes}
     return {"kind": kind, "trained": sorted(part._parameters), "tensors": shapes}
 
-
+# %% ../../nbs/37_adapters.files.ipynb #ba07920d
 def save_adapter(
     net: nn.Module, path: str | Path, name: str | None = None, metadata: Mapping[str, Any] | None = None
 ) -> Path:  # fmt: skip
@@ -105,13 +91,16 @@ def save_adapter(
     parts = parts_of(net, name)
     tensors = {_key(n, key): t.detach().clone() for n, (_, part) in parts.items() for key, t in _tensors(part).items()}
     header = {
-        "format": "sahlora adapter", "version": FORMAT, "sahlora": _version(),
-        "adapter": shared_config(parts).to_dict(), "base": base_hashes(net),
+        "format": "sahlora adapter", "version": FORMAT, "sahlora": package_version("sahlora"),
+        "adapter": asdict(shared_config(parts)), "base": base_hashes(net),
         "layers": {n: _entry(m, part) for n, (m, part) in parts.items() if isinstance(part, Adapter)},
         "extras": {n: _entry(m, part) for n, (m, part) in parts.items() if isinstance(part, Extras)},
-        "metadata": _plain(metadata or {}),
+        "metadata": dict(metadata or {}),
     }  # fmt: skip
-    header = json.loads(json.dumps(header))  # as it will be read back
+    try:
+        header = json.loads(json.dumps(header, allow_nan=False))  # as it will be read back
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"metadata must be plain JSON values: {error}") from error
     save_tensors(path, tensors, {**header, "checksum": checksum(header, tensors)})
     return Path(path)
 
@@ -186,12 +175,9 @@ def load_adapter(net: nn.Module, path: str | Path, name: str | None = None) -> S
     Raises: FileNotFoundError; ValueError for a damaged file, another base or a name in use; RuntimeError while merged.
     """
     header, tensors = read_adapter(path)
-    refuse_merged(net, "loading an adapter")
     try:
         config = Config(**{**header["adapter"], **({} if name is None else {"name": name})})
-        check_config(config)
-        if config.name in adapters(net):
-            raise ValueError(f"there is an adapter named {config.name!r} already; give another name=")
+        check_new(net, config, "loading an adapter")
         check_base(header, net)
         parts = _build(header, net, config)
         _fill(parts, tensors)

@@ -55,19 +55,15 @@ def matching(net: nn.Module, pattern: str, what: str = "where") -> list[str]:
 
     Raises: ValueError with the nearest names if there are none.
     """
-    regions = regions_of(net)
-    if pattern not in regions:
-        return _called(net, pattern, what, regions)
-    region = regions[pattern]
-    return [name for part in ([region] if isinstance(region, str) else region) for name in _called(net, part, f"region {pattern!r}")]
-
-
-def _called(net: nn.Module, pattern: str, what: str, regions: Iterable[str] = ()) -> list[str]:
-    modules = base_modules(net, every=True)
-    found = [pattern] if pattern and pattern in modules else [n for n in modules if pattern and fnmatchcase(n, pattern)]
-    if not found:
-        names = nearest(pattern, [*regions, *modules])
-        raise ValueError(f"{what}={pattern!r} matches no module; nearest names: {names}")
+    regions, modules = regions_of(net), base_modules(net, every=True)
+    region, known, found = regions.get(pattern, pattern), [*regions, *modules], list[str]()
+    if pattern in regions:  # a region holds modules, and no other region
+        what, known = f"region {pattern!r}", [*modules]
+    for part in [region] if isinstance(region, str) else region:
+        named = [part] if part in modules else [n for n in modules if fnmatchcase(n, part)]
+        if not part or not named:
+            raise ValueError(f"{what}={part!r} matches no module; nearest names: {nearest(part, known)}")
+        found += named
     return found
 
 # %% ../../nbs/35_adapters.select.ipynb #1e160325

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from .core import FillNan, Orientation, Overwrite, Spacing, Window, cohort, one_of, typed_numbers
+from .core import FillNan, Orientation, Overwrite, Spacing, Window, cohort, one_of, say
 
 # %% ../../nbs/80_cli.cohorts.ipynb #7a75c0a4
 @cohort.command("make")
@@ -33,14 +33,15 @@ def cohort_make(
     Example:
       sahlora cohort make --kind sah --cases 30 --seed 5 --out cohorts/target
     """
-    from sahlora.cohort import bin_counts, cohort_table, make_phantom_cohort, planned_bins
+    from sahlora.cohort import bin_counts, cohort_table, make_phantom_cohort
+    from sahlora.phantom import planned_ml
 
     across, _, back = grid.partition("x")
     if not (across.isdecimal() and back.isdecimal()):
         raise ValueError(f"--grid {grid!r}: two numbers of pixels are needed, such as --grid 64x80")
-    typer.echo(f"planned scans by mL of blood: {_counts(planned_bins(kind, cases, seed))}")
+    say(f"planned scans by mL of blood: {_counts(bin_counts(planned_ml(kind, seed, cases)))}")
     made = make_phantom_cohort(out, kind, cases, seed, (int(across), int(back)), slices, workers, overwrite)
-    typer.echo(f"{cohort_table(made).to_string()}\nscans by mL of blood: {_counts(bin_counts(made.table.blood_ml))}\n"
+    say(f"{cohort_table(made).to_string()}\nscans by mL of blood: {_counts(bin_counts(made.table.blood_ml))}\n"
                "synthetic, no clinical claim")
 
 
@@ -77,9 +78,9 @@ def cohort_import(
 
     number = int(rater) if rater.isdecimal() else rater
     done = import_cohort(layout, source, out, blood=blood, labels=labels, rater=number, patients=patients, site=site, size=size,
-                         window=typed_numbers(window, "--window", 2), spacing=typed_numbers(spacing, "--spacing", 3),
-                         orientation=orientation, fill_nan=fill_nan, overwrite=overwrite, progress=True)
-    typer.echo(str(done))
+                         window=window, spacing=spacing, orientation=orientation, fill_nan=fill_nan, overwrite=overwrite,
+                         progress=True)
+    say(str(done))
     raise typer.Exit(int(bool(done.skipped)))
 
 # %% ../../nbs/80_cli.cohorts.ipynb #dbc0e1e1
@@ -93,7 +94,7 @@ def cohort_layouts() -> None:
     """
     from sahlora.layouts import layout_help
 
-    typer.echo(layout_help())
+    say(layout_help())
 
 
 _Folder = Annotated[Path, typer.Argument(help="A cohort: a folder with cohort.csv.")]
@@ -114,12 +115,12 @@ def cohort_check(
     from sahlora.checks import check_cohort, check_leakage
 
     found = check_cohort(folder, progress=True)
-    typer.echo(str(found))
+    say(str(found))
     if against is not None:
         from sahlora.cohort import Cohort
 
         check_leakage(Cohort.read(against), found.cohort, f"{against} and {folder}")
-        typer.echo(f"patients and scans shared with {against}: 0")
+        say(f"patients and scans shared with {against}: 0")
     raise typer.Exit(int(not found.ok))
 
 # %% ../../nbs/80_cli.cohorts.ipynb #6384c997
@@ -143,7 +144,7 @@ def cohort_show(
     rows = {" " * k: pictures[k : k + 5] for k in range(0, len(pictures), 5)}
     synthetic = set(shown.table.site) == {"phantom"}
     save_figure(cohort_sheet(rows, synthetic=synthetic), out)
-    typer.echo("\n".join([cohort_table(shown).to_string(), *["synthetic, no clinical claim"] * synthetic, str(out)]))
+    say("\n".join([cohort_table(shown).to_string(), *["synthetic, no clinical claim"] * synthetic, str(out)]))
 
 # %% ../../nbs/80_cli.cohorts.ipynb #0c30df7f
 @cohort.command("folds")
@@ -165,4 +166,4 @@ def cohort_folds(
     from sahlora.folds import folds_for, folds_table
 
     shown, path = Cohort.read(folder), out or folder / "folds.json"
-    typer.echo(f"{folds_table(shown, folds_for(shown, path, method, folds, seed)).to_string()}\n{path}")
+    say(f"{folds_table(shown, folds_for(shown, path, method, folds, seed)).to_string()}\n{path}")

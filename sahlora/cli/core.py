@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHOD_NAMES', 'app', 'cohort', 'models', 'study', 'report', 'Series', 'Window', 'Spacing', 'Orientation', 'FillNan',
-           'AllowGaps', 'Overwrite', 'Out', 'Quiet', 'Precision', 'Device', 'one_of', 'main', 'shell', 'typed_numbers']
+           'AllowGaps', 'Overwrite', 'Out', 'Quiet', 'Precision', 'Device', 'say', 'one_of', 'main', 'shell', 'numbers']
 
 # %% ../../nbs/80_cli.core.ipynb #5b7e4ada
 import contextlib
@@ -21,11 +21,16 @@ from typer.exceptions import TyperException
 from ..files import plain_words
 
 # %% ../../nbs/80_cli.core.ipynb #7ca37e5e
+def say(text: object, err: bool = False) -> None:
+    "Print lines; characters that would steer the terminal, which a header or a file name may hold, as question marks."
+    typer.echo("".join(c if c.isprintable() or c == "\n" else "?" for c in str(text)), err=err)
+
+
 def _message(error: Exception) -> tuple[str, int]:
     "What to print for an error, and the exit code."
     if isinstance(error, OSError):
         return plain_words(error), 2
-    if isinstance(error, ValueError):
+    if isinstance(error, (ValueError, ArithmeticError)):  # bad input, and a training that ran away
         return str(error), 2
     if isinstance(error, MemoryError):
         return "the memory is used up; close other programs, or choose a smaller --batch", 2
@@ -53,7 +58,7 @@ class _Plain(TyperGroup):
             if ctx.params.get("debug"):
                 raise
             text, code = _message(error)
-            typer.echo(f"sahlora: {text}", err=True)
+            say(f"sahlora: {text}", err=True)
             raise typer.Exit(code) from error
 
 # %% ../../nbs/80_cli.core.ipynb #39eb50a7
@@ -111,7 +116,7 @@ def _version(wanted: bool) -> None:
     if wanted:
         import sahlora
 
-        typer.echo(sahlora.__version__)
+        say(sahlora.__version__)
         raise typer.Exit()
 
 
@@ -138,27 +143,27 @@ def shell(line: str, folder: str | Path = ".", code: int = 0) -> str:
     return (done.stderr if code else done.stdout).strip()
 
 # %% ../../nbs/80_cli.core.ipynb #628025bc
-def typed_numbers(text: str | None, option: str, count: int = 0) -> Any:
-    "A tuple of numbers typed with commas, None for None; `count` 0: one or more. Raises: ValueError that shows how."
-    if text is None:
-        return None
-    try:
-        numbers = tuple(float(word) for word in text.split(","))
-    except ValueError:
-        numbers = ()
-    if len(numbers) != count if count else not numbers:
-        example = {0: "1e-3,1e-2", 2: "0,80", 3: "0.5,0.5,5"}[count]
-        raise ValueError(f"{option} {text!r}: {count or 'one or more'} numbers with commas are needed, such as {option} {example}")
-    return numbers
+def numbers(count: int, example: str) -> Callable[[str], tuple[float, ...]]:
+    "What reads `count` numbers typed with commas (0: one or more) for typer; who types something else is shown the example."
+    def read(text: str) -> tuple[float, ...]:
+        with contextlib.suppress(ValueError):
+            found = tuple(float(word) for word in text.split(","))
+            if len(found) == count or not count:
+                return found
+        raise typer.BadParameter(f"{text!r}: {count or 'one or more'} numbers with commas are needed, such as {example}")
+
+    return read
 
 # %% ../../nbs/80_cli.core.ipynb #d8093087
 Series = Annotated[str | None, typer.Option(help="DICOM series to read: its number or UID.")]
-Window = Annotated[str | None, typer.Option(help="LOW,HIGH in HU of a scan stored as an 8-bit picture.")]
-Spacing = Annotated[str | None, typer.Option(help="ACROSS,BACK,UP in mm where a NIfTI header has no spacing.")]
+Window = Annotated[Any, typer.Option(parser=numbers(2, "--window 0,80"), metavar="<low,high>",
+                                     help="In HU, of a scan stored as an 8-bit picture.")]
+Spacing = Annotated[Any, typer.Option(parser=numbers(3, "--spacing 0.5,0.5,5"), metavar="<across,back,up>",
+                                      help="In mm, where a NIfTI header has no spacing.")]
 Orientation = Annotated[str | None, typer.Option(help="Letters such as LPS where a NIfTI header has no orientation.")]
 FillNan = Annotated[bool, typer.Option("--fill-nan", help="Fill voxels that are not a number with air.")]
 AllowGaps = Annotated[bool, typer.Option("--allow-gaps", help="Accept a DICOM series with missing slices.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the files that another call left there; its record.json lists them.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="First remove what another call left there, as its record.json lists it.")]
 
 # %% ../../nbs/80_cli.core.ipynb #9c430c9d
 Out = Annotated[Path, typer.Option(help="Folder to write.")]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .core import METHOD_NAMES, Device, Out, Overwrite, Precision, Quiet, app, one_of, typed_numbers
+from .core import METHOD_NAMES, Device, Out, Overwrite, Precision, Quiet, app, numbers, one_of, say
 
 if TYPE_CHECKING:
     from sahlora.strategies import Strategy
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 _Steps = Annotated[int, typer.Option(help="Training steps.")]
 _Batch = Annotated[int, typer.Option(help="Slices in a batch; half of them with blood.")]
 _Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+_Rates = Annotated[Any, typer.Option(parser=numbers(0, "--learning-rate 1e-3,1e-2"), metavar="<numbers>",
+                                     help="Learning rate; or several, 1e-3,1e-2, of which each fold chooses one on an "
+                                          "inner split. An adapter wants more than fine-tuning.")]
 _Workers = Annotated[int, typer.Option(help="Threads that read ahead; they change no result.")]
 _Threads = Annotated[int | None, typer.Option(help="CPU threads; all by default. The last bits of a result depend on it.")]
 _Board = Annotated[Path | None, typer.Option(help="Folder for TensorBoard's log (pip install 'sahlora[tensorboard]').")]
@@ -40,11 +43,16 @@ def _training_options(given: list[str] | None, device: str, workers: int) -> dic
         name, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"--option {text}: write it as name=value, such as schedule=cosine")
-        number = yaml.safe_load(value)
+        try:
+            number = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--option {text}: the value is not YAML ({error})") from error
         with contextlib.suppress(ValueError):  # YAML takes 1e-3 for text
             number = float(number) if isinstance(number, str) else number
         if name in _OWN:
             raise ValueError(f"--option {text}: write it as --{name.replace('_', '-')} {value}")
+        if name in values:
+            raise ValueError(f"--option {name} stands there twice; give it once")
         values[name] = number
     return values
 
@@ -75,7 +83,7 @@ def pretrain(
     training = {**_training_options(option, device, workers), "steps": steps, "batch_size": batch_size,
                 "learning_rate": learning_rate, "seed": seed, "precision": precision}
     history = run(Cohort.read(cohort), out, {"name": network}, training, quiet, tensorboard, overwrite)
-    typer.echo(f"{out / 'model.safetensors'}: {len(history)} steps, soft Dice of the last batches {history.dice.tail(20).mean():.3f}")
+    say(f"{out / 'model.safetensors'}: {len(history)} steps, soft Dice of the last batches {history.dice.tail(20).mean():.3f}")
 
 # %% ../../nbs/80_cli.networks.ipynb #bdf443c3
 @app.command("finetune")
@@ -89,8 +97,7 @@ def finetune(
     rank: Annotated[int, typer.Option(help="Rank of an adapter.")] = 8,
     extras: Annotated[bool, typer.Option("--extras", help="An adapter also trains the 1x1 head, biases and norms.")] = False,
     steps: _Steps = 800, batch_size: _Batch = 8, seed: _Seed = 0, quiet: Quiet = False,
-    learning_rate: Annotated[str, typer.Option(help="Learning rate; or several, 1e-3,1e-2, of which each fold chooses one on an "
-                                                    "inner split. An adapter wants more than fine-tuning.")] = "1e-3",
+    learning_rate: _Rates = "1e-3",
     folds: Annotated[Path | None, typer.Option(help="folds.json; by default the cohort's, drawn if it has none.")] = None,
     precision: Precision = "auto", device: Device = "auto", threads: _Threads = None, workers: _Workers = 0,
     option: _Option = None, tensorboard: _Board = None, overwrite: Overwrite = False,
@@ -104,25 +111,27 @@ def finetune(
       sahlora finetune --base runs/base/model.safetensors --cohort cohorts/target --out runs/cp-lora
       sahlora finetune --base phantom --cohort cohorts/mine --method decoding --out runs/fine-tuning
     """
-    from sahlora.hardware import choose_threads
     from sahlora.strategies import Strategy
 
-    rates = typed_numbers(learning_rate, "--learning-rate")
-    strategy = Strategy(method, region, rank, None, steps, batch_size, rates if len(rates) > 1 else rates[0], seed,
+    rate = learning_rate if len(learning_rate) > 1 else learning_rate[0]
+    strategy = Strategy(method, region, rank, None, steps, batch_size, rate, seed,
                         precision,  # type: ignore[arg-type]  # Strategy checks the word
                         extras, training=_training_options(option, device, workers))
-    choose_threads(threads)
-    _finetune(base, cohort, folds, strategy, out, quiet=quiet, tensorboard=tensorboard, overwrite=overwrite)
+    _finetune(base, cohort, folds, strategy, out, threads, quiet=quiet, tensorboard=tensorboard, overwrite=overwrite)
 
 # %% ../../nbs/80_cli.networks.ipynb #3959d610
-def _finetune(base: Path, cohort: Path, folds: Path | None, strategy: "Strategy", out: Path, **options: Any) -> None:
+def _finetune(base: Path, cohort: Path, folds: Path | None, strategy: "Strategy", out: Path, threads: int | None,
+              **options: Any) -> None:
     "Find weights, cohort and folds, fine-tune, say how it went."
     from sahlora.cohort import Cohort
     from sahlora.folds import folds_for, read_folds
+    from sahlora.hardware import choose_threads
     from sahlora.models import find_weights
     from sahlora.transfer import cross_validate
 
+    choose_threads(threads)
     base, target = find_weights(base), Cohort.read(cohort)
     plan = read_folds(folds, target) if folds else folds_for(target, cohort / "folds.json")
     table = cross_validate(base, target, strategy, plan, out, **options)
-    typer.echo(f"{out / 'patients.csv'}: {len(table)} patients, soft Dice {table.dice_soft.mean():.3f} on average")
+    tested = table[table.role == "test"]  # a fold may ask for a fit, the scores of its training patients, too
+    say(f"{out / 'patients.csv'}: {tested.patient.nunique()} patients, soft Dice {tested.dice_soft.mean():.3f} on average")

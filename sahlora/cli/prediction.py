@@ -13,33 +13,24 @@ import typer
 
 from sahlora.cli.core import (
     METHOD_NAMES, AllowGaps, Device, FillNan, Orientation, Out, Overwrite, Precision, Quiet, Series,
-    Spacing, Window, app, models, one_of, typed_numbers,
+    Spacing, Window, app, models, one_of, say,
 )
 
 if TYPE_CHECKING:
     from sahlora.prediction import CaseRun
 
 # %% ../../nbs/80_cli.prediction.ipynb #3a551302
-def _read_options(series: str | None, window: str | None, spacing: str | None, orientation: str | None,
-                  fill_nan: bool, allow_gaps: bool) -> dict[str, Any]:
-    "Options of the command as `read_ct` takes them."
-    return {"series": series, "window": typed_numbers(window, "--window", 2), "spacing": typed_numbers(spacing, "--spacing", 3),
-            "orientation": orientation, "fill_nan": fill_nan, "allow_gaps": allow_gaps}
-
-
 def _show_cases(run: "CaseRun") -> None:
     "One line per case, warnings and errors below it, then the counts."
-    import pandas as pd
-
     for row in run.table.itertuples():
         if row.status == "failed":
-            typer.echo(f"{row.case}: failed: {row.error}")
+            say(f"{row.case}: failed: {row.error}")
             continue
-        typer.echo(f"{row.case}: {row.hard_ml:.1f} mL of blood (soft {row.soft_ml:.1f} mL), {row.slices_with_blood} of "
+        say(f"{row.case}: {row.hard_ml:.1f} mL of blood (soft {row.soft_ml:.1f} mL), {row.slices_with_blood} of "
                    f"{row.slices} slices; voxels of {row.spacing} mm, tilt {row.tilt} degrees")
-        if row.warnings and not pd.isna(row.warnings):
-            typer.echo(f"    {row.warnings}")
-    typer.echo(f"{run.done} done, {run.skipped} skipped, {run.failed} failed: {run.out / 'cases.csv'}. Not for clinical use.")
+        if row.warnings:
+            say(f"    {row.warnings}")
+    say(f"{run.done} done, {run.skipped} skipped, {run.failed} failed: {run.out / 'cases.csv'}. Not for clinical use.")
 
 # %% ../../nbs/80_cli.prediction.ipynb #439bafc2
 _Model = Annotated[Path, typer.Option(help="Network weights (.safetensors), or the name of shipped ones.", autocompletion=one_of("phantom"))]
@@ -71,12 +62,12 @@ def predict(
       sahlora predict scan.nii.gz --adapter cp-lora --out masks
       sahlora predict scans --model runs/base/model.safetensors --adapter runs/cp-lora/adapter-fold0.safetensors --out masks
     """
-    options = _read_options(series, window, spacing, orientation, fill_nan, allow_gaps) | {"batch": batch_size, "precision": precision}
-    _predict(scan, model, adapter, out, options | dict(save_probabilities=save_probabilities, tta=tta, threshold=threshold, device=device,
-                                                       dicom_seg=dicom_seg, overwrite=overwrite, progress=not quiet))
+    _predict(scan, model, adapter, out, threshold=threshold, save_probabilities=save_probabilities, tta=tta, dicom_seg=dicom_seg,
+             batch=batch_size, device=device, precision=precision, series=series, window=window, spacing=spacing,
+             orientation=orientation, fill_nan=fill_nan, allow_gaps=allow_gaps, overwrite=overwrite, progress=not quiet)
 
 # %% ../../nbs/80_cli.prediction.ipynb #64d0a3fd
-def _predict(scan: Path, model: Path, adapter: Path | None, out: Path, options: dict[str, Any]) -> None:
+def _predict(scan: Path, model: Path, adapter: Path | None, out: Path, **options: Any) -> None:
     "Find the weights, predict, show the cases, exit with their code."
     from sahlora.card import weight_facts
     from sahlora.models import find_weights
@@ -87,7 +78,7 @@ def _predict(scan: Path, model: Path, adapter: Path | None, out: Path, options: 
     run = predict_cases(scan, model, out, adapter=adapter, **options)
     _show_cases(run)
     if synthetic:
-        typer.echo("The weights were trained on synthetic data: no clinical claim.")
+        say("The weights were trained on synthetic data: no clinical claim.")
     raise typer.Exit(run.exit_code)
 
 # %% ../../nbs/80_cli.prediction.ipynb #2bea226d
@@ -110,7 +101,7 @@ def export(
     from sahlora.sharing import export_bundle
 
     made = export_bundle(out, model, adapter, threshold, scores, overwrite)
-    typer.echo(f"{made}: a MONAI bundle; {Path(made) / 'docs' / 'README.md'} says how to use it")
+    say(f"{made}: a MONAI bundle; {Path(made) / 'docs' / 'README.md'} says how to use it")
 
 # %% ../../nbs/80_cli.prediction.ipynb #5e0084f6
 @models.command("show")
@@ -123,7 +114,7 @@ def models_show() -> None:
     """
     from sahlora.models import WEIGHTS, shipped_table
 
-    typer.echo(f"{shipped_table().to_string()}\n"
+    say(f"{shipped_table().to_string()}\n"
                f"numbers: all that a file holds, a network's running statistics of norms too\n"
                f"{WEIGHTS / 'README.md'}: the model card\nsynthetic, no clinical claim")
 
@@ -145,4 +136,4 @@ def models_make(
     from sahlora.models import make_models
 
     scores = make_models(out, work, recipe, quiet, overwrite)
-    typer.echo(f"{out}: {scores.method.nunique()} scored on {scores.patient.nunique()} patients. Synthetic, no clinical claim.")
+    say(f"{out}: {scores.method.nunique()} scored on {scores.patient.nunique()} patients. Synthetic, no clinical claim.")

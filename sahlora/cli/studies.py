@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from .core import report, study
+from .core import report, say, study
 
 # %% ../../nbs/80_cli.studies.ipynb #32c42f76
 _File = Annotated[Path, typer.Argument(help="The study file, such as paper/studies/smoke.yaml.")]
@@ -60,7 +60,7 @@ def study_plan(file: _File, cores: _Cores = 2, runs: _Runs = Path("runs")) -> No
     from sahlora.batch import make_batch
     from sahlora.estimate import plan_study
 
-    typer.echo(plan_study(make_batch(file, runs, cores)))
+    say(plan_study(make_batch(file, runs, cores)))
 
 # %% ../../nbs/80_cli.studies.ipynb #4ec1d24b
 @report.command("html")
@@ -104,4 +104,4 @@ def report_figures(folder: Annotated[Path, typer.Argument(help="A report: result
     """
     from sahlora.report import draw_figures
 
-    typer.echo(f"{out}: {len(draw_figures(folder, out))} figures")
+    say(f"{out}: {len(draw_figures(folder, out))} figures")

@@ -9,7 +9,6 @@ __all__ = ['FINDINGS', 'find_holes', 'StoredDicom', 'read_dicom', 'write_seg', '
 import hashlib
 import re
 import stat
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -227,19 +226,16 @@ def _plane(file: File, stream: BinaryIO, header: Header) -> np.ndarray:
             if not syntax.is_encapsulated:
                 _check_length(dataset, file)
             pixels = np.asarray(dataset.pixel_array)
-    except ValueError as error:
-        raise error if str(error).startswith(str(file)) else _damaged(file, error) from error
     except Exception as error:  # a decoder raises whatever the damaged bytes lead it into
-        raise _damaged(file, error) from error
+        if isinstance(error, ValueError) and str(error).startswith(str(file)):
+            raise
+        raise ValueError(f"{file}: pixels can not be decoded ({type(error).__name__}: {error}): corrupted: copy it "
+                         "again") from error
     shape = (int(header.number("Rows")), int(header.number("Columns")))
     if pixels.shape != shape:
         raise ValueError(f"{file}: pixels of shape {pixels.shape}, the header says {shape}: corrupted: copy it again")
     hu = pixels.astype(np.float32) * header.number("RescaleSlope") + header.number("RescaleIntercept")
     return np.maximum(hu, -1024).astype(np.float32)
-
-
-def _damaged(file: File, error: Exception) -> ValueError:
-    return ValueError(f"{file}: pixels can not be decoded ({type(error).__name__}: {error}): corrupted: copy it again")
 
 # %% ../../nbs/10_ct.dicom.ipynb #90294bfd
 def _read_planes(groups: Sequence[Sequence[Header]], where: str) -> tuple[np.ndarray, list[Header]]:
@@ -334,9 +330,9 @@ def _found_notes(ct: HeadCT, slices: Sequence[Header]) -> list[str]:
 
 def _left_out(headers: Sequence[Header], copies: Sequence[Header]) -> list[str]:
     "Files of the series that are not slices, and copies of slices, in words."
-    kinds = Counter(kind for header in headers if (kind := kind_of(header)))
-    names = {kind: [header.file.name for header in headers if kind_of(header) == kind] for kind in kinds}
-    notes = [f"left out of the series: {kind}: {some_of(names[kind], 4)}" for kind in kinds]
+    kinds = [kind_of(header) for header in headers]
+    names = {kind: [header.file.name for header, other in zip(headers, kinds) if other == kind] for kind in kinds if kind}
+    notes = [f"left out of the series: {kind}: {some_of(found, 4)}" for kind, found in names.items()]
     if copies:
         notes.append(f"left out: {len(copies)} copies of slices: {some_of([header.file.name for header in copies], 4)}")
     return notes

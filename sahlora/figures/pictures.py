@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ..display import plain_text
-from .style import BLUE, MASK, PAGE, PREDICTION, family, finish, label, look, nothing, styled
+from .style import MASK, PAGE, PREDICTION, finish, label, look, nothing, styled
 
 # %% ../../nbs/70_figures.pictures.ipynb #1c83d5f4
 MOST = 26  # characters of a name beside a picture
@@ -112,7 +112,7 @@ def learning_curves(histories: Mapping[str, pd.DataFrame], synthetic: bool = Tru
     with styled(PAGE, rows * (1.0 if many else 1.7) + 0.3) as fig:
         axes = fig.subplots(rows, columns, sharey=True, sharex=many, squeeze=False)
         for i, (ax, (name, curves)) in enumerate(zip(axes.flat, shown.items())):
-            _draw_curves(ax, curves, _color(name), many)
+            _draw_curves(ax, curves, look(name)["color"], many)
             ax.set_title(label(name), fontsize=5.5 if many else 7, pad=2)
             if i + columns >= len(shown):  # nothing below it
                 ax.set_xlabel("step")
@@ -131,8 +131,3 @@ def _draw_curves(ax: Axes, curves: pd.DataFrame, color: str, many: bool) -> None
         ax.plot(curves.index, curves.mean(axis=1), color=color, lw=1)
     else:
         ax.plot(curves.index, curves, color=color, lw=0.8, alpha=0.8)
-
-
-def _color(name: str) -> str:
-    "A strategy's colour; a base's pre-training is blue."
-    return BLUE if family(name) == "pre-training" else look(name)["color"]

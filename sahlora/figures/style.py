@@ -101,7 +101,7 @@ def family(name: str) -> str:
 # %% ../../nbs/70_figures.style.ipynb #61b204f8
 _LOOKS = {"none": (GREY, "X"), "norm-stats": (GREY, "P"), "scratch": (GREY, "*"), "fine-tuning": (BLACK, "D"),
           "lora-c": (BLUE, "o"), "convlora": (GREEN, "^"), "cp-lora": (VERMILION, "s"),
-          "dora-c": (BLUE, "o"), "convdora": (GREEN, "^"), "cp-dora": (VERMILION, "s")}
+          "dora-c": (BLUE, "o"), "convdora": (GREEN, "^"), "cp-dora": (VERMILION, "s"), "pre-training": (BLUE, "o")}
 
 
 def look(name: str) -> dict[str, Any]:

@@ -10,18 +10,18 @@ __all__ = ['NIFTI', 'DICOM', 'LOOKED_FOR', 'CASE_COLUMNS', 'load_model', 'find_c
 import errno
 import json
 import os
-import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pydicom.misc import is_dicom
 from torch import nn
 from tqdm import tqdm
 
@@ -31,14 +31,15 @@ from ..cohort import Cohort, window_of
 from ..ct import HeadCT, read_ct, write_like
 from ..ct.check import is_hidden
 from ..ct.core import stack_spacing
+from ..display import plain_text
 from ..figures import save_figure
 from sahlora.files import (
-    PART, file_hash, load_tensors, object_hash, package_version, plain_words, read_json,
-    temporary_name, write_csv, write_json,
+    PART, atomic_folder, file_hash, load_tensors, object_hash, package_version, plain_words, read_json,
+    write_csv, write_json,
 )
 from ..hardware import choose_device, choose_precision, keep_memory, run_facts
 from ..options import options
-from ..outputs import check_recorded, differences, sole_writer
+from ..outputs import check_recorded, differences, same_call, sole_writer
 from .scan import InputSpec, Length, Prediction, ScanOptions, Window, predict_scan
 from .sheet import CAUTION
 from ..training import Devices, Precisions, load_network
@@ -77,12 +78,8 @@ def _is_dicom(path: Path) -> bool:
     "Whether a regular file is DICOM, by its ending or by the letters at byte 128; a DICOMDIR holds no picture."
     if path.name.upper() == "DICOMDIR" or not path.is_file():
         return False
-    if path.suffix.lower() in DICOM:
-        return True
     try:
-        with open(path, "rb") as file:
-            file.seek(128)
-            return file.read(4) == b"DICM"
+        return path.suffix.lower() in DICOM or is_dicom(path)
     except OSError:  # a file that can not be read is not known to be a scan
         return False
 
@@ -107,8 +104,8 @@ def _walk(folder: Path, seen: set[str], dicom: bool = False) -> Iterator[Path]:
 
 # %% ../../nbs/60_prediction.cases.ipynb #5eaf66c8
 def _stem(path: Path) -> str:
-    "A scan's name: the file's without its ending, or the folder's."
-    name = Path(os.path.abspath(path)).name
+    "A scan's name: the file's without its ending, or the folder's; _ for what can not be shown."
+    name = "".join(c if c.isprintable() else "_" for c in Path(os.path.abspath(path)).name)
     ending = next((e for e in (*reversed(NIFTI), ".zip") if name.lower().endswith(e) and not path.is_dir()), "")
     return name[: len(name) - len(ending)] or name
 
@@ -125,18 +122,13 @@ def _free_name(name: str, taken: set[str]) -> str:
 
 # %% ../../nbs/60_prediction.cases.ipynb #3241e185
 def _unique(paths: Sequence[Path], root: Path) -> dict[str, Path]:
-    "Names for scans: the stem, with as many folders in front as tell equal ones apart, at last a number."
+    "Names for scans: the stem, with as many folders in front as no other scan can have, at last a number."
     parts = {path: [*path.relative_to(root).parts[:-1], _stem(path)] for path in paths}
-    depth = dict.fromkeys(paths, 1)
-    while True:
-        names = {path: "_".join(parts[path][-depth[path]:]) for path in paths}
-        count = Counter(name.casefold() for name in names.values())
-        clash = [p for p in paths if count[names[p].casefold()] > 1 and depth[p] < len(parts[p])]
-        if not clash:
-            break
-        depth.update({path: depth[path] + 1 for path in clash})
+    names = {path: ["_".join(words[-n:]) for n in range(1, len(words) + 1)] for path, words in parts.items()}
+    count = Counter(name.casefold() for path in paths for name in names[path])
     taken = set(_OURS)
-    return {_free_name(name, taken): path for path, name in names.items()}
+    alone = {path: next((name for name in names[path] if count[name.casefold()] == 1), names[path][-1]) for path in paths}
+    return {_free_name(name, taken): path for path, name in alone.items()}
 
 # %% ../../nbs/60_prediction.cases.ipynb #cc3606eb
 LOOKED_FOR = "NIfTI files (.nii, .nii.gz), folders with DICOM files, zips of them, or a cohort.csv"
@@ -157,12 +149,10 @@ def find_cases(path: str | Path, skip: Sequence[str | Path] = ()) -> dict[str, P
         raise ValueError(f"{path}: neither a file nor a folder; looked for {LOOKED_FOR}")
     if (path / "cohort.csv").is_file():
         return {row.case: path / row.image for row in Cohort.read(path).table.itertuples()}
-    if any(_is_dicom(path / name) for name in sorted(os.listdir(path)) if not is_hidden(name)):
-        return {_stem(path): path}
     found = list(_walk(path, {os.path.realpath(p) for p in (path, *skip)}))
     if not found:
         raise ValueError(f"{path}: no scan in it or below; looked for {LOOKED_FOR}")
-    return _unique(found, path)
+    return {_stem(path): path} if path in found else _unique(found, path)  # a folder of DICOM files is one scan
 
 # %% ../../nbs/60_prediction.cases.ipynb #74ea392c
 CASE_COLUMNS = ("case", "source", "status", "hard_ml", "soft_ml", "slices", "slices_with_blood", "largest_ml",
@@ -175,23 +165,21 @@ def _spacing_words(ct: HeadCT) -> str:
     return f"{ct.spacing[0]:.3g}x{ct.spacing[1]:.3g}x{stacks}"
 
 
-def case_row(name: str, source: str | Path, prediction: Prediction, notes: Sequence[str] = ()) -> dict[str, Any]:
+def case_row(name: str, source: str | Path, p: Prediction, warnings: Sequence[str] = ()) -> dict[str, Any]:
     "A case's line of cases.csv (columns: CASE_COLUMNS); volumes in mL, spacing in mm, tilt in degrees."
-    p, ct = prediction, prediction.ct
-    said = (*ct.notes, *p.notes, *notes)
-    warnings = [note.removeprefix("warning: ") for note in said if note.startswith("warning: ")]
+    ct = p.ct
     return {
         "case": name, "source": os.path.abspath(source), "status": "done", "hard_ml": round(p.hard_ml, 4),
         "soft_ml": round(p.soft_ml, 4), "slices": ct.hu.shape[2], "slices_with_blood": p.slices_with_blood,
         "largest_ml": round(p.largest_ml, 4), "spacing": _spacing_words(ct), "tilt": round(ct.tilt, 1),
-        "seconds": round(p.seconds, 2), "warnings": "; ".join(warnings), "error": "",
+        "seconds": round(p.seconds, 2), "warnings": plain_text("; ".join((*p.flags, *warnings))), "error": "",
     }
 
 
 def failed_row(name: str, source: str | Path, error: Exception) -> dict[str, Any]:
     "The same for a case that could not be predicted: why, on one line."
     words = plain_words(error) if isinstance(error, OSError) else str(error)
-    words = " ".join(words.split()) or type(error).__name__
+    words = plain_text(words) or type(error).__name__
     return {"case": name, "source": os.path.abspath(source), "status": "failed", "warnings": "", "error": words}
 
 # %% ../../nbs/60_prediction.cases.ipynb #657aa197
@@ -222,16 +210,10 @@ def _replace_files(folder: Path, part: Path) -> None:
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     "A temporary folder that, when all went well, becomes `folder` or replaces the case in it."
-    part = temporary_name(folder)
-    try:
-        part.mkdir(parents=True)
+    with atomic_folder(folder) as part:
         yield part
         if folder.exists():
             _replace_files(folder, part)
-        else:
-            os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 # %% ../../nbs/60_prediction.cases.ipynb #b5a9bbc5
 @options
@@ -262,17 +244,15 @@ class CaseOptions(ScanOptions):
 # %% ../../nbs/60_prediction.cases.ipynb #bb06925e
 def input_hash(path: str | Path) -> str:
     "SHA-256 of a scan: of the file, or of names and contents of a folder's files, hidden ones not."
-    path, files = Path(path), []
+    path = Path(path)
     if not path.is_dir():
         return file_hash(path)
-    for root, folders, names in os.walk(path):
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        files += [Path(root, name) for name in names if not is_hidden(name)]
-    return object_hash({str(f.relative_to(path)): file_hash(f) for f in files if f.is_file()})
+    names = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
+    return object_hash({str(name): file_hash(path / name) for name in names if not any(map(is_hidden, name.parts))})
 
 # %% ../../nbs/60_prediction.cases.ipynb #0e687bc4
 def _write_case(folder: Path, name: str, p: Prediction, options: CaseOptions) -> list[str]:
-    "A case's files into `folder`; notes on what could not be written."
+    "A case's files into `folder`; warnings of what could not be written."
     write_like(p.ct, p.mask, folder / "mask.nii.gz")
     if options.save_probabilities:
         write_like(p.ct, p.probabilities, folder / "probabilities.nii.gz")
@@ -283,7 +263,7 @@ def _write_case(folder: Path, name: str, p: Prediction, options: CaseOptions) ->
         try:
             write_seg(p.ct, p.mask, path := folder / "mask_seg.dcm")
         except ValueError as error:  # not DICOM, or a series that a SEG can not refer to
-            return [f"warning: no DICOM SEG: {str(error).removeprefix(f'{path}: ')}"]
+            return [f"no DICOM SEG: {str(error).removeprefix(f'{path}: ')}"]
     return []
 
 # %% ../../nbs/60_prediction.cases.ipynb #91f47999
@@ -291,8 +271,7 @@ def _write_case(folder: Path, name: str, p: Prediction, options: CaseOptions) ->
 class _Run:
     "A run over cases. `settings`: hashes and options, equal in all its cases."
 
-    net: nn.Module
-    spec: InputSpec
+    net: nn.Module  # keeps its `InputSpec`
     options: CaseOptions
     settings: dict[str, Any]
     out: Path
@@ -305,26 +284,25 @@ class _Run:
 
     def predict(self, source: Path) -> Prediction:
         "One case, read and predicted; remembers a batch size that memory had lowered."
-        o = self.options
-        ct = read_ct(source, **{**o.read, **self.told.get(source, {}).get("read", {})})
-        p = predict_scan(self.net, ct, spec=self.spec, threshold=o.threshold, tta=o.tta,
-                         device=o.device, batch=self.batch, precision=o.precision,
-                         progress=self.progress and self.alone)
+        o, told = self.options, self.told.get(source, {"read": {}, "notes": ()})
+        ct = read_ct(source, **{**o.read, **told["read"]})
+        p = predict_scan(self.net, ct, threshold=o.threshold, tta=o.tta, device=o.device, batch=self.batch,
+                         precision=o.precision, progress=self.progress and self.alone)
         if any("memory was short" in note for note in p.notes):
             self.batch = p.batch
-        self.room = p.mask.size * (1 + o.dicom_seg + 4 * o.save_probabilities) + 10**6  # a picture
-        return p
+        self.room = ct.hu.size * (1 + o.dicom_seg + 4 * o.save_probabilities) + 10**6  # a picture
+        return replace(p, notes=(*p.notes, *told["notes"]))
 
 # %% ../../nbs/60_prediction.cases.ipynb #244165fa
 def _run_case(run: _Run, name: str, source: Path) -> dict[str, Any]:
     "Predict and write one case; its row. Raises: ValueError, OSError, MemoryError; nothing is left then."
-    scan, p, told = input_hash(source), run.predict(source), run.told.get(source, {})
+    scan, p = input_hash(source), run.predict(source)
     with whole_folder(run.out / name) as folder:
-        said = [*told.get("notes", ()), *_write_case(folder, name, p, run.options)]
-        row = case_row(name, source, p, said)
+        warnings = _write_case(folder, name, p, run.options)
+        row = case_row(name, source, p, warnings)
         write_json(folder / "case.json", {
-            "row": row, "input": scan, "settings": run.settings, "told": told, "complete": True,
-            "notes": [*p.ct.notes, *p.notes, *said], "device": p.device, "precision": p.precision,
+            "row": row, "input": scan, "settings": run.settings, "told": run.told.get(source, {}), "complete": True,
+            "notes": [*p.ct.notes, *p.notes, *warnings], "device": p.device, "precision": p.precision,
             "files": {file.name: file_hash(file) for file in folder.iterdir()},
             "batch": p.batch, "use": CAUTION})
     return row
@@ -341,10 +319,9 @@ def _failed(out: Path, overwrite: bool) -> dict[str, dict[str, Any]]:
         return {}
     if not overwrite and run["complete"] and run.get("table") not in (None, file_hash(table)):
         raise ValueError(f"{table}: was changed since it was written; move it, or redo it with --overwrite")
-    rows = pd.read_csv(table, dtype=str, keep_default_na=False).to_dict("index").values()
-    failed = [row for row in rows if row["status"] == "failed" and os.path.lexists(row["source"])]
-    keys = ("case", "source", "status", "warnings", "error")
-    return {row["case"]: {key: row[key] for key in keys} for row in failed}
+    keys = ["case", "source", "status", "warnings", "error"]
+    rows = pd.read_csv(table, dtype=str, keep_default_na=False, usecols=keys).to_dict("records")
+    return {row["case"]: row for row in rows if row["status"] == "failed" and os.path.lexists(row["source"])}
 
 # %% ../../nbs/60_prediction.cases.ipynb #16d893b0
 def keep_names(cases: Mapping[str, Path], rows: Mapping[str, Mapping[str, Any]],
@@ -366,33 +343,23 @@ def keep_names(cases: Mapping[str, Path], rows: Mapping[str, Mapping[str, Any]],
     return named | {_free_name(name, taken): path for name, path in rest.items()}
 
 # %% ../../nbs/60_prediction.cases.ipynb #dbc12919
-def _problem(run: _Run, folder: Path, record: Mapping[str, Any], source: Path | None) -> str:
-    "Why a case is not what this run makes of its scan (None: the run leaves it out); empty if it is."
-    if what := differences(record["settings"], run.settings):
-        return f"was made with other settings ({'; '.join(what)})"
-    if source is None:
-        return ""
-    if record["input"] != input_hash(source):
-        was = record["row"]["source"]
-        return f"is the result of another scan ({was}), or {source} has changed since"
-    if record.get("told", told := run.told.get(source, {})) != told:
-        return "was made when the cohort said something else of the scan"
-    for path, found in ((folder / name, found) for name, found in record["files"].items() if found):
-        if path.is_file() and file_hash(path) != found:
-            return f"{path.name} was changed since it was written"
-    return ""
+def _is_whole(run: _Run, name: str, case: Mapping[str, Any], source: Path | None, overwrite: bool) -> bool:
+    """Whether a case can be kept as it is; `source` None: this run leaves its scan out.
 
-
-def _is_whole(run: _Run, folder: Path, record: Mapping[str, Any], source: Path | None,
-              overwrite: bool) -> bool:
-    "Whether a case can be kept. Raises: ValueError for one that must be neither kept nor replaced."
-    if not record["complete"]:  # killed while its files were replaced
+    Raises: ValueError for one that must be neither kept nor replaced.
+    """
+    folder, same = run.out / name, True
+    if not case["complete"]:  # killed while its files were replaced
         return False
-    problem = _problem(run, folder, record, source)
-    if problem and not (overwrite and source):
-        fix = "redo it with --overwrite, or take" if source else "take"
-        raise ValueError(f"{folder}: {problem}; {fix} another --out")
-    return not problem and all((folder / name).is_file() for name in record["files"])
+    if source:
+        content, told = f"content of {source}", run.told.get(source, {})
+        was = {**case["settings"], content: case["input"], "cohort": case.get("told", told)}
+        now = {**run.settings, content: input_hash(source), "cohort": told}
+        same = same_call(folder, was, now, case["files"], overwrite)
+    elif what := differences(case["settings"], run.settings):
+        raise ValueError(f"{folder}: was made with other settings ({'; '.join(what)}), and this call does not make it again; "
+                         "take another --out")
+    return same and all((folder / file).is_file() for file in case["files"])
 
 # %% ../../nbs/60_prediction.cases.ipynb #0b33d304
 def _begin(run: _Run, cases: Mapping[str, Path], overwrite: bool) -> tuple[int, dict[str, Path]]:
@@ -404,7 +371,7 @@ def _begin(run: _Run, cases: Mapping[str, Path], overwrite: bool) -> tuple[int, 
     if strange := [run.out / name for name in cases.keys() - made.keys() if (run.out / name).exists()]:
         raise ValueError(f"{strange[0]}: is there already and is no finished case; take another --out")
     whole = {name for name, case in made.items()
-             if _is_whole(run, run.out / name, case, cases.get(name), overwrite)}
+             if _is_whole(run, name, case, cases.get(name), overwrite)}
     todo = {name: path for name, path in cases.items() if name not in whole}
     run.rows = {name: row for name, row in rows.items() if name not in {*todo, *made} - whole}
     return len(cases) - len(todo), todo
@@ -445,15 +412,14 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     return table.astype({"slices": "Int64", "slices_with_blood": "Int64"})
 
 # %% ../../nbs/60_prediction.cases.ipynb #9f8d2fb1
+_UNKNOWN = "warning: the cohort says that the spacing is not known: do not trust millilitres"
+
+
 def _cohort_facts(path: Path) -> dict[Path, dict[str, Any]]:
     "What a cohort's table says of its scans: how to read grey values, and whether mL are known."
-    facts = {}
-    for row in Cohort.read(path).table.itertuples() if (path / "cohort.csv").is_file() else ():
-        window = window_of(row.intensity)
-        unknown = "warning: the cohort says that the spacing is not known: do not trust millilitres"
-        facts[path / row.image] = {"read": {"window": list(window)} if window else {},
-                                   "notes": [unknown] * (row.spacing == "unknown")}
-    return facts
+    rows = Cohort.read(path).table.itertuples() if (path / "cohort.csv").is_file() else ()
+    return {path / row.image: {"read": {"window": list(window)} if (window := window_of(row.intensity)) else {},
+                               "notes": [_UNKNOWN] * (row.spacing == "unknown")} for row in rows}
 
 # %% ../../nbs/60_prediction.cases.ipynb #8d2fae50
 def _settings(model: Path, adapter: Path | None, options: CaseOptions) -> dict[str, Any]:
@@ -499,7 +465,7 @@ def _record(run: _Run, header: Mapping[str, Any], files: Mapping[str, Path | Non
     hashes = {key: options.pop(key) for key in ("model", "adapter")}
     return {
         "files": {key: str(file) for key, file in files.items() if file}, "sha256": hashes,
-        "network": header["network"], "weights": header["weights"], "input": asdict(run.spec),
+        "network": header["network"], "weights": header["weights"], "input": asdict(InputSpec.from_header(header)),
         "options": options, "device": device.type, "use": CAUTION,
         "precision": choose_precision(device, run.options.precision),
         "versions": {name: package_version(name) for name in _PACKAGES},
@@ -537,8 +503,7 @@ def predict_cases(path: str | Path, model: str | Path, out: str | Path, *,
     keep_memory()
     cases = find_cases(path, skip=(out,))
     net, header = load_model(model, adapter)
-    spec, settings = InputSpec.from_header(header), _settings(model, adapter, options)
-    run = _Run(net, spec, options, settings, out, len(cases) == 1, progress, _cohort_facts(path), batch)
+    run = _Run(net, options, _settings(model, adapter, options), out, len(cases) == 1, progress, _cohort_facts(path), batch)
     record = _record(run, header, {"scans": path, "model": model, "adapter": adapter})
     real, folders = out.resolve(), [case.resolve() for case in cases.values() if case.is_dir()]
     if real == path.resolve() or any(real.is_relative_to(folder) for folder in folders):

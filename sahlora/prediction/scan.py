@@ -108,11 +108,6 @@ def to_scan(p: Tensor, grid: tuple[int, int]) -> np.ndarray:
     return p[:, 0].numpy()
 
 # %% ../../nbs/60_prediction.scan.ipynb #ae4e1fb9
-def _plain(net: nn.Module) -> nn.Module:
-    "A copy in evaluation mode, the active adapter in its weights."
-    return (merged_copy(net) if active_adapter(net) else deepcopy(net)).eval().requires_grad_(False)
-
-
 def fold_norms(net: nn.Module) -> nn.Module:
     "Fold the batch norms of our networks' units into their convolutions, in place; ReLU then works in place too."
     for parent in list(net.modules()):
@@ -124,18 +119,18 @@ def fold_norms(net: nn.Module) -> nn.Module:
 
 def fast_copy(net: nn.Module, device: torch.device) -> nn.Module:
     "A copy of `net` for prediction on `device`: merged, folded, channels last. `net` stays as it is."
+    plain = (merged_copy(net) if active_adapter(net) else deepcopy(net)).eval().requires_grad_(False)
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
-    return fold_norms(_plain(net)).to(device=device, memory_format=layout)
+    return fold_norms(plain).to(device=device, memory_format=layout)
 
 # %% ../../nbs/60_prediction.scan.ipynb #464782e8
-@dataclass(frozen=True)
 class _Engine:
-    "A fast copy and how to run it."
+    "A fast copy and how to run it. Raises: ValueError for a device that is not there or an unknown precision."
 
-    net: nn.Module
-    device: torch.device
-    precision: str
-    multiple: int  # of which rows and columns must be
+    def __init__(self, net: nn.Module, device: str, precision: str) -> None:
+        self.device = choose_device(device)
+        self.precision = choose_precision(self.device, precision)
+        self.net, self.multiple = fast_copy(net, self.device), getattr(net, "multiple", 1)
 
     def once(self, x: Tensor) -> Tensor:
         "Probabilities (N, 1, H, W) float32 of images (N, 1, H, W), padded for the network and cropped again."
@@ -152,13 +147,6 @@ class _Engine:
     def __call__(self, x: Tensor, tta: bool = False) -> Tensor:
         "The same, and with `tta` the mean with the slices mirrored left to right."
         return (self.once(x) + self.once(x.flip(-1)).flip(-1)) / 2 if tta else self.once(x)
-
-# %% ../../nbs/60_prediction.scan.ipynb #3649f5f6
-def _engine(net: nn.Module, device: str, precision: str) -> _Engine:
-    "An engine for `net`. Raises: ValueError for a device that is not there or an unknown precision."
-    there = choose_device(device)
-    how = choose_precision(there, precision)
-    return _Engine(fast_copy(net, there), there, how, getattr(net, "multiple", 1))
 
 # %% ../../nbs/60_prediction.scan.ipynb #53557d8a
 BATCH_PIXELS = {"cpu": 2 * 512**2, "cuda": 32 * 512**2, "mps": 8 * 512**2}  # measured on the CPU only
@@ -307,7 +295,7 @@ class ScanOptions:
     batch: Annotated[int, Field(ge=1)] | None = None
     precision: Precisions = "auto"
 
-
+# %% ../../nbs/60_prediction.scan.ipynb #d750724c
 def predict_scan(net: nn.Module, ct: HeadCT, *, spec: InputSpec | None = None, threshold: float = 0.5,
                  tta: bool = False, device: Devices = "auto", batch: int | None = None, precision: Precisions = "auto",
                  progress: bool = False) -> Prediction:
@@ -320,7 +308,7 @@ def predict_scan(net: nn.Module, ct: HeadCT, *, spec: InputSpec | None = None, t
     """
     ScanOptions(threshold=threshold, tta=tta, device=device, batch=batch, precision=precision)
     spec = spec or vars(net).get("input_spec") or InputSpec()
-    started, engine = time.perf_counter(), _engine(net, device, precision)
+    started, engine = time.perf_counter(), _Engine(net, device, precision)
     asked = min(batch or default_batch(network_grid(ct, spec), engine.device), ct.hu.shape[2])
     with tqdm(total=ct.hu.shape[2], desc=Path(ct.source).name, unit="slice", disable=not progress, leave=False) as bar:
         p, used = _all_slices(engine, ct, spec, tta, asked, bar)
