@@ -18,13 +18,15 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from .files import printable
+
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% ../nbs/04_display.ipynb #8be2e2f6
 def plain_text(text: object, most: int | None = None) -> str:
     "One line of what can be seen of a text; of a longer one than `most` characters the middle is left out."
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    line = " ".join(printable(text, " ").split())
     if most is None or len(line) <= most:
         return line
     return f"{line[: most // 2]}…{line[len(line) - (most - 1) // 2:]}"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PART', 'temporary_name', 'atomic_path', 'atomic_folder', 'remove_folder', 'remove_leftovers', 'write_json',
            'read_json', 'write_csv', 'file_hash', 'object_hash', 'save_tensors', 'load_tensors', 'package_version',
-           'plain_words']
+           'printable', 'plain_words']
 
 # %% ../nbs/01_files.ipynb #292412b2
 import hashlib
@@ -179,6 +179,11 @@ def package_version(name: str) -> str:
         return "unknown"
 
 # %% ../nbs/01_files.ipynb #2c6b863e
+def printable(text: object, instead: str = "?") -> str:
+    "A text in which another character stands for each that can not be printed, such as those that steer a terminal."
+    return "".join(c if c.isprintable() else instead for c in str(text))
+
+
 def plain_words(error: OSError) -> str:
     "An OSError as a sentence that names the file, what is wrong and what to do."
     import errno

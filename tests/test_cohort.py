@@ -413,7 +413,7 @@ def test_what_training_will_refuse_is_told(cohort, tmp_path, kind):
     report = check_cohort(spoiled.folder)
     assert report.ok and any("fine-tuning refuses it" in note and words in note for note in report.notes), str(report)
     base = tmp_path / "base"
-    pretrain(make_phantom_cohort(tmp_path / "source", "tbi", 1, 9, (32, 40), 6), base, {"name": "multi-view-unet", "levels": 1},
+    pretrain(make_phantom_cohort(tmp_path / "source", "tbi", 2, 9, (32, 40)), base, {"name": "multi-view-unet", "levels": 1},
              {"steps": 1, "batch_size": 2}, quiet=True)
     with pytest.raises(ValueError):
         cross_validate(base / "model.safetensors", spoiled, Strategy("decoding", steps=1, batch_size=2),

@@ -97,7 +97,7 @@ def test_mistakes_are_found_and_named(write, path, value, words):
     ("folds", {"train": ["asah-0000-s202", "x"], "test": ["asah-0001-s202"]}, "the target has no patient x"),
     ("folds", {"train": ["asah-0000-s202"], "test": ["asah-0000-s202"]}, "1 patient is in both"),
     ("runs.3.patients", [7], "patients: 7, but a fold trains on 6"),
-    ("runs", [{"method": "cp-lora", "patients": [1], "learning_rate": [1e-3, 1e-2]}], "needs two patients or more"),
+    ("runs", [{"method": "cp-lora", "patients": [1], "learning_rate": [1e-3, 1e-2]}], "needs two patients with blood or more"),
     ("source", {"layout": "phantom", "kind": "asah", "cases": 3, "seed": 202}, "source and target: 3 patients are in both"),
     ("target.grid", [5, 5], "two even whole numbers"),
 ])
@@ -206,7 +206,7 @@ def test_rates_per_rank_candidates_and_regions_by_name(write):
                                         "norm-stats-s0", "unet-cp-lora-r8-decoding-s0"]
     assert [strategy_of(run).learning_rate for run in runs[:4]] == [0.001, (0.001, 0.01), 0.02, 0.01]
     assert strategy_of(runs[2]).alpha is None and strategy_of({**runs[2], "alpha": 16.0}).alpha == 16
-    with pytest.raises(ValueError, match="names a region already"):
+    with pytest.raises(ValueError, match="runs.0.regions: has no effect on deep"):
         read_study(write("runs.0", {"method": "deep", "regions": ["all"]}))
 
 

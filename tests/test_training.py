@@ -77,13 +77,13 @@ def test_a_store_gives_what_the_cohort_holds(store):
 
 def test_other_content_is_another_store(tmp_path):
     def case(value):
-        return Case("c", "p", "toy", np.full((16, 18, 2), value, np.int16), np.zeros((16, 18, 2), np.uint8), np.eye(4))
+        return Case("c", "p", "toy", with_air_and_bone(np.full((16, 18, 2), value, np.int16)), np.zeros((16, 18, 2), np.uint8), np.eye(4))
 
     cohort = write_cohort(tmp_path / "one", [case(10)])
     first = open_store(cohort, 4)
     assert open_store(cohort, 4).folder == first.folder and first.size == (20, 16)
     again = open_store(write_cohort(tmp_path / "one", [case(11)], overwrite=True), 4)
-    assert again.folder != first.folder and again.read([0])[0].max() == 11
+    assert again.folder != first.folder and again.read([0])[0].median() == 11
 
 
 def test_a_store_made_by_many_at_once_is_one_store(store, tmp_path, monkeypatch):
@@ -303,7 +303,9 @@ def test_one_step_is_adam_on_monais_loss(store):
     optimizer.step()
     assert history.loss[0] == pytest.approx(loss.item(), abs=1e-6)
     for one, two in zip(net.parameters(), other.parameters()):
-        assert torch.allclose(one, two, atol=1e-6)
+        sure = two.grad.abs() > 1e-6  # the gradient of a bias before a norm is rounding alone, and Adam scales it up
+        assert torch.allclose(one[sure], two[sure], atol=1e-6)
+    assert sum(int((p.grad.abs() > 1e-6).sum()) for p in other.parameters()) > 1000
 
 
 def test_two_slices_can_be_learned_by_heart(tmp_path):

@@ -107,8 +107,8 @@ def test_folds_do_not_feed_each_other(made, tmp_path):
     one, two = kfold(cohort.patients, 2)
     strategy = Strategy("fine-tuning", **SHORT)
     after_one = cross_validate(base, cohort, strategy, [one, two], tmp_path / "a", quiet=True)
-    after_itself = cross_validate(base, cohort, strategy, [two, two], tmp_path / "b", quiet=True)
-    scores = [table[table.fold == 1].reset_index(drop=True) for table in (after_one, after_itself)]
+    after_another = cross_validate(base, cohort, strategy, [replace(one, train=one.train[:1]), two], tmp_path / "b", quiet=True)
+    scores = [table[table.fold == 1].reset_index(drop=True) for table in (after_one, after_another)]
     assert scores[0].equals(scores[1])
     weights = [(tmp_path / run / "weights-fold1.safetensors").read_bytes() for run in "ab"]
     assert weights[0] == weights[1] != (tmp_path / "a/weights-fold0.safetensors").read_bytes()
@@ -148,7 +148,9 @@ def test_the_words_of_regions_are_fine_tuning_there():
     for region, count in {"shallow": 46_785, "deep": 46_464, "encoding": 46_944, "decoding": 101_985, "all": 232_737}.items():
         assert Strategy(region) == Strategy("fine-tuning", region=region)
         assert prepare(MultiViewUnet(levels=2), Strategy(region)) == count
-    assert Strategy("scratch").name == "scratch" and Strategy("norm-stats", region="deep").region == ""
+    assert Strategy("scratch").name == "scratch" and Strategy("norm-stats").region == ""
+    with pytest.raises(ValueError, match="region 'deep' has no effect on norm-stats"):
+        Strategy("norm-stats", region="deep")
 
 
 @pytest.mark.parametrize("network", [MultiViewUnet, lambda: Unet(levels=2, width=8)])
@@ -270,14 +272,14 @@ def test_a_candidate_that_explodes_is_out_and_all_of_them_are_an_error(made, tmp
     base, cohort = made
     import sahlora.transfer as transfer
 
-    real = transfer.train
+    real = transfer.train_patients
 
-    def explode(net, store, rows, how, **more):
+    def explode(net, store, patients, how, **more):
         if how.learning_rate > 1:
             raise FloatingPointError("the loss is nan at step 1")
-        return real(net, store, rows, how, **more)
+        return real(net, store, patients, how, **more)
 
-    monkeypatch.setattr(transfer, "train", explode)
+    monkeypatch.setattr(transfer, "train_patients", explode)
     fold = [Fold(tuple(cohort.patients[:3]), tuple(cohort.patients[3:]))]
     cross_validate(base, cohort, Strategy("decoding", learning_rate=(5.0, 1e-3), **SHORT), fold, tmp_path / "a", quiet=True)
     outcome = read_json(tmp_path / "a/run.json")["outcomes"][0]
@@ -321,7 +323,7 @@ def test_training_patients_without_blood_stop_a_run(made, tmp_path):
 def test_a_place_that_can_not_be_written_is_found_before_any_work(made, tmp_path, monkeypatch):
     base, cohort = made
     (tmp_path / "file").write_text("x")
-    monkeypatch.setattr("sahlora.transfer.train", lambda *a, **b: pytest.fail("trained before it looked"))
+    monkeypatch.setattr("sahlora.transfer.train_patients", lambda *a, **b: pytest.fail("trained before it looked"))
     with pytest.raises(OSError):
         cross_validate(base, cohort, Strategy("decoding", **SHORT), kfold(cohort.patients, 2), tmp_path / "file/run", quiet=True)
 
@@ -365,7 +367,10 @@ def test_killed_while_the_folds_are_cleared_away(made, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(files.shutil, "rmtree", killed)
         cross_validate(base, cohort, strategy, folds, tmp_path / "run", quiet=True)
-    (tmp_path / "run/.part.77.patients.csv").write_text("half a ta")  # of another kill
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = files.temporary_name(tmp_path / "run/patients.csv")  # of another kill
+    left.with_name(left.name.replace(f".{os.getpid()}.", f".{ended.pid}.")).write_text("half a ta")
     cross_validate(base, cohort, strategy, folds, tmp_path / "run", quiet=True)
     whole, again = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.name != "run.json"} for name in ("whole", "run"))
     assert whole == again
@@ -376,7 +381,7 @@ def test_an_unfinished_run_is_not_taken_for_another(made, tmp_path):
     folds = kfold(cohort.patients, 2)
     (tmp_path / "run/unfinished/fold0").mkdir(parents=True)
     (tmp_path / "run/unfinished/fold0/facts.json").write_text('{"strategy": {"method": "cp-lora", "rank": 4}}')
-    with pytest.raises(ValueError, match="belongs to another run.*strategy.rank was 4, is 8"):
+    with pytest.raises(ValueError, match="unfinished: is there already, and no record.json lists it"):
         cross_validate(base, cohort, Strategy("cp-lora", **SHORT), folds, tmp_path / "run", quiet=True)
 
 

@@ -18,12 +18,12 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from ..files import plain_words
+from ..files import plain_words, printable
 
 # %% ../../nbs/80_cli.core.ipynb #7ca37e5e
 def say(text: object, err: bool = False) -> None:
     "Print lines; characters that would steer the terminal, which a header or a file name may hold, as question marks."
-    typer.echo("".join(c if c.isprintable() or c == "\n" else "?" for c in str(text)), err=err)
+    typer.echo("\n".join(map(printable, str(text).split("\n"))), err=err)
 
 
 def _message(error: Exception) -> tuple[str, int]:

@@ -34,7 +34,7 @@ from ..ct.core import stack_spacing
 from ..display import plain_text
 from ..figures import save_figure
 from sahlora.files import (
-    PART, atomic_folder, file_hash, load_tensors, object_hash, package_version, plain_words, read_json,
+    PART, atomic_folder, file_hash, load_tensors, object_hash, package_version, plain_words, printable, read_json,
     write_csv, write_json,
 )
 from ..hardware import choose_device, choose_precision, keep_memory, run_facts
@@ -105,7 +105,7 @@ def _walk(folder: Path, seen: set[str], dicom: bool = False) -> Iterator[Path]:
 # %% ../../nbs/60_prediction.cases.ipynb #5eaf66c8
 def _stem(path: Path) -> str:
     "A scan's name: the file's without its ending, or the folder's; _ for what can not be shown."
-    name = "".join(c if c.isprintable() else "_" for c in Path(os.path.abspath(path)).name)
+    name = printable(Path(os.path.abspath(path)).name, "_")
     ending = next((e for e in (*reversed(NIFTI), ".zip") if name.lower().endswith(e) and not path.is_dir()), "")
     return name[: len(name) - len(ending)] or name
 
@@ -169,7 +169,7 @@ def case_row(name: str, source: str | Path, p: Prediction, warnings: Sequence[st
     "A case's line of cases.csv (columns: CASE_COLUMNS); volumes in mL, spacing in mm, tilt in degrees."
     ct = p.ct
     return {
-        "case": name, "source": os.path.abspath(source), "status": "done", "hard_ml": round(p.hard_ml, 4),
+        "case": name, "source": printable(os.path.abspath(source)), "status": "done", "hard_ml": round(p.hard_ml, 4),
         "soft_ml": round(p.soft_ml, 4), "slices": ct.hu.shape[2], "slices_with_blood": p.slices_with_blood,
         "largest_ml": round(p.largest_ml, 4), "spacing": _spacing_words(ct), "tilt": round(ct.tilt, 1),
         "seconds": round(p.seconds, 2), "warnings": plain_text("; ".join((*p.flags, *warnings))), "error": "",
@@ -180,7 +180,7 @@ def failed_row(name: str, source: str | Path, error: Exception) -> dict[str, Any
     "The same for a case that could not be predicted: why, on one line."
     words = plain_words(error) if isinstance(error, OSError) else str(error)
     words = plain_text(words) or type(error).__name__
-    return {"case": name, "source": os.path.abspath(source), "status": "failed", "warnings": "", "error": words}
+    return {"case": name, "source": printable(os.path.abspath(source)), "status": "failed", "warnings": "", "error": words}
 
 # %% ../../nbs/60_prediction.cases.ipynb #657aa197
 def _read_case(folder: Path) -> dict[str, Any]:
