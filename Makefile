@@ -49,6 +49,7 @@ plan: $(READY)  ## Show what `make paper` would run (STUDY=smoke), and about how
 	sahlora study plan paper/studies/$(STUDY).yaml --cores $(CORES)
 
 figures: $(READY)  ## Draw paper/figures and paper/paper.pdf again, from the committed numbers in paper/results.
+	rm -rf paper/figures  # else those that this version drew before would be kept, though its code has changed
 	sahlora report figures paper/results paper/figures
 	sahlora report pdf paper/results/results.json paper/paper.pdf --figures paper/figures
 

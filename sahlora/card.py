@@ -88,7 +88,7 @@ def read_scores(path: str | Path) -> pd.DataFrame:
         raise ValueError(f"{path}: {wrong}; name the patients.csv of a fine-tuning")
     return rows
 
-
+# %% ../nbs/61_card.ipynb #72aaaa7e
 def score_headings(scores: pd.DataFrame) -> dict[str, str]:
     "Columns of a card's tables and what they are called there; surface Dice with its tolerance, where the scores have it."
     headings = {"dice_soft": "soft Dice", "dice_hard": "Dice", "nsd": surface_heading(scores), "hd95_mm": "HD95 in mm"}

@@ -135,7 +135,7 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
         raise ValueError(f"{path}: is not a record of sahlora; choose another folder (--out)")
     return record
 
-
+# %% ../nbs/03_outputs.ipynb #c9d7e22e
 COST = "run.json"  # seconds and memory, which differ between equal runs: it has no hash
 
 

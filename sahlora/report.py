@@ -108,7 +108,7 @@ def draw_figures(folder: str | Path, out: str | Path, overwrite: bool = False) -
             save_figure(make(), out / f"{name}.svg")
     return [out / f"{name}.svg" for name in makers]
 
-
+# %% ../nbs/71_report.ipynb #3c386a38
 def captions(results: Mapping[str, Any]) -> dict[str, str]:
     "What each figure shows, and by which rule it was chosen."
     shown, note = results["shown"], " Synthetic, no clinical claim." if results["study"]["synthetic"] else ""
@@ -162,20 +162,27 @@ h2,h3{break-after:avoid}tr,img,svg{break-inside:avoid}img,svg{zoom:1}nav#TOC{bac
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _FILTER = """function RawInline(el) return pandoc.Str(el.text) end
 function RawBlock(el) return pandoc.Para{pandoc.Str(el.text)} end
-function Image(el) if el.src:find(":") then return el.caption end end
+function Image(el) if not el.src:match("^output_[%w_]+%.%a+$") then return el.caption end end
+function Link(el) if el.target:match("^%a[%w+.-]*:") and not el.target:match("^https?:") then return el.content end end
 """
 
-
+# %% ../nbs/71_report.ipynb #10ee2bc4
 def render_html(notebook: str | Path, out: str | Path, title: str) -> None:
-    "A self-contained HTML page of an executed notebook's prose and outputs. Raises: RuntimeError of pandoc."
+    "A self-contained HTML page of an executed notebook's prose and outputs. Raises: ValueError for what is none; RuntimeError of pandoc."
     import nbformat
     import pypandoc
     from nbconvert import MarkdownExporter
     from traitlets.config import Config
 
+    if Path(out).resolve() == Path(notebook).resolve():
+        raise ValueError(f"{out}: is the notebook itself; name another file for the page")
+    try:
+        nb = nbformat.read(notebook, as_version=4)
+    except (nbformat.reader.NotJSONError, nbformat.ValidationError, AttributeError) as error:
+        raise ValueError(f"{notebook}: is no notebook ({str(error)[:100]}); name an executed one") from error
     order = ["text/markdown", "image/svg+xml", "image/png", "text/plain"]
     exporter = MarkdownExporter(config=Config(NbConvertBase={"display_data_priority": order}), exclude_input=True)
-    text, resources = exporter.from_notebook_node(_for_readers(nbformat.read(notebook, as_version=4)))
+    text, resources = exporter.from_notebook_node(_for_readers(nb))
     with tempfile.TemporaryDirectory() as folder, atomic_path(out) as temporary:
         for name, content in resources["outputs"].items():
             (Path(folder) / name).write_bytes(content)
@@ -188,7 +195,7 @@ def render_html(notebook: str | Path, out: str | Path, title: str) -> None:
         policy = f'<head>\n  <meta http-equiv="Content-Security-Policy" content="{_POLICY}" />'
         temporary.write_text(temporary.read_text(encoding="utf-8").replace("<head>", policy, 1), encoding="utf-8")
 
-
+# %% ../nbs/71_report.ipynb #7d3a8d8c
 def _for_readers(nb: Any) -> Any:
     "The notebook without cells tagged notebook-only, printed lines and progress bars: those are for whoever runs it."
     nb.cells = [cell for cell in nb.cells if "notebook-only" not in cell.metadata.get("tags", [])]

@@ -71,7 +71,7 @@ def run_error(study: Study, run: Mapping[str, Any], folder: str | Path) -> str |
     lines = differences({key: ran.get(key) for key in asked}, asked)
     return f"its files are another run's ({'; '.join(lines)}) and are not used; run it again" if lines else None
 
-
+# %% ../nbs/71_results.ipynb #d661904a
 def sort_runs(study: Study, folder: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, str]], list[str]]:
     """Runs that are done, those that failed or are another study's (id, name, error, notebook), and ids of those never run to the end.
 

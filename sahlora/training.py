@@ -49,7 +49,7 @@ Positive = Annotated[float, Field(gt=0)]
 Devices = Literal["auto", "cpu", "cuda", "mps"]
 Precisions = Literal["auto", "bf16", "fp32"]
 
-
+# %% ../nbs/40_training.ipynb #cf33c570
 @options
 class Training:
     """How a network is trained. `warmup`: steps of a linear rise of the learning rate; `clip`: largest norm of the
@@ -378,7 +378,7 @@ def train(net: nn.Module, store: SliceStore, rows: np.ndarray, how: Training, *,
                    unit=" slices", unit_scale=how.batch_size)
         return _fit(loop, store, batches, record, bar, log, validation, checkpoint, every)
 
-
+# %% ../nbs/40_training.ipynb #7d6864b7
 def train_patients(net: nn.Module, store: SliceStore, patients: Sequence[str], how: Training, **options: Any) -> pd.DataFrame:
     "`train`, with its `options`, on the slices of some patients; with `patience` a quarter of them is set apart to stop early."
     if not (bleeding := store.bleeding(patients)):

@@ -30,7 +30,7 @@ _Board = Annotated[Path | None, typer.Option(help="Folder for TensorBoard's log 
 _Option = Annotated[list[str] | None, typer.Option(help="More about the training, once or several times: schedule=cosine, warmup=20, "
                     "loss=dice+ce, optimizer=adamw, weight_decay=0.01, clip=1, average=0.99, patience=5, compile=true.")]
 
-
+# %% ../../nbs/80_cli.networks.ipynb #5445e455
 _OWN = ("steps", "batch_size", "learning_rate", "seed", "precision", "device", "workers")  # with options of the command's
 
 
