@@ -606,3 +606,25 @@ def test_nothing_of_the_page_acts_in_a_browser(foreign):
     assert quiet == [] and local == [(foreign / "report.html").as_uri()] and title == OUTSIDE[4]
     assert len(widths) >= 5 and min(widths) > 100 and counts[0] >= 4 and counts[1] >= 5 and counts[2] == 0 and styled != "none"
     assert ran is None and "Content Security Policy" in said[0], "a script that some gap let in would not run either"
+
+
+def test_a_page_shows_its_own_pictures_alone(tmp_path):
+    "Any notebook may be made a page: no file of this machine gets into it, and no link acts."
+    words = "![a](/etc/hostname) ![b](../../etc/hostname) ![c](//example.org/x.png) [d](javascript:alert(1)) [e](https://example.org) [f](#g)"
+    path = tmp_path / "any.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(words)]), path)
+    report.render_html(path, tmp_path / "any.html", "any")
+    page = (tmp_path / "any.html").read_text(encoding="utf-8")
+    body = page[page.index("<body"):]
+    assert "<img" not in body and "javascript:" not in body and "base64" not in body
+    assert 'href="https://example.org"' in body and 'href="#g"' in body
+
+
+@pytest.mark.parametrize("text", ["x", "{}", "[]", '{"nbformat": 4}'])
+def test_what_is_no_notebook_is_named(tmp_path, text):
+    (tmp_path / "x.ipynb").write_text(text)
+    with pytest.raises(ValueError, match="x.ipynb: is no notebook"):
+        report.render_html(tmp_path / "x.ipynb", tmp_path / "x.html", "x")
+    with pytest.raises(ValueError, match="is the notebook itself"):
+        report.render_html(tmp_path / "x.ipynb", tmp_path / "x.ipynb", "x")
+    assert (tmp_path / "x.ipynb").read_text() == text and not (tmp_path / "x.html").exists()
