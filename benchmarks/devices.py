@@ -102,7 +102,8 @@ def main() -> None:
     scored = table(["strategy", "first", "second", "difference", "of a patient, mean", "largest"], lines)
     parts = ["# One study on two kinds of hardware", f"Made by `{command}`; how the second came about stands at the top of that file.",
              "\n".join(machines), summary,
-             "## Claims", f"Verdict, effect and 95 % interval. Under revision: {REVISION}.", claims_table(*results, set(rows.index)), "## Scores", scored]  # fmt: skip
+             "## Claims", f"Verdict, effect and 95 % interval. Under revision: {REVISION}.",
+             claims_table(*results, set(rows.index)), "## Scores", scored]  # fmt: skip
     write(options.out, "\n\n".join(parts) + "\n")
     print(options.out)
 

@@ -8,7 +8,7 @@ __all__ = ['pretrain', 'finetune']
 # %% ../../nbs/80_cli.networks.ipynb #f585ec4f
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -115,7 +115,7 @@ def finetune(
 
     rate = learning_rate if len(learning_rate) > 1 else learning_rate[0]
     strategy = Strategy(method, region, rank, None, steps, batch_size, rate, seed,
-                        precision,  # type: ignore[arg-type]  # Strategy checks the word
+                        cast(Any, precision),  # Strategy checks the word
                         extras, training=_training_options(option, device, workers))
     _finetune(base, cohort, folds, strategy, out, threads, quiet=quiet, tensorboard=tensorboard, overwrite=overwrite)
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pydicom.misc import is_dicom
 from torch import nn
 from tqdm import tqdm
 
@@ -79,7 +78,9 @@ def _is_dicom(path: Path) -> bool:
     if path.name.upper() == "DICOMDIR" or not path.is_file():
         return False
     try:
-        return path.suffix.lower() in DICOM or is_dicom(path)
+        with open(path, "rb") as file:
+            file.seek(128)
+            return path.suffix.lower() in DICOM or file.read(4) == b"DICM"
     except OSError:  # a file that can not be read is not known to be a scan
         return False
 
