@@ -81,11 +81,12 @@ def read_scores(path: str | Path) -> pd.DataFrame:
     try:
         rows = pd.read_csv(path, dtype={"patient": str})
         rows = rows[rows.role == "test"].astype({"dice_soft": float, "volume_ml": float})
-        wrong = "no patient was tested" if rows.empty else "a Dice is not from 0 to 1"
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: not the patients.csv of a fine-tuning ({error}); name the one beside the weights") from error
-    if rows.empty or not rows.dice_soft.dropna().between(0, 1).all():
-        raise ValueError(f"{path}: {wrong}; name the patients.csv of a fine-tuning")
+    if rows.empty:
+        raise ValueError(f"{path}: no patient was tested; name the patients.csv of a fine-tuning")
+    if not rows.dice_soft.dropna().between(0, 1).all():
+        raise ValueError(f"{path}: a Dice is not from 0 to 1; name the patients.csv of a fine-tuning")
     return rows
 
 # %% ../nbs/61_card.ipynb #72aaaa7e

@@ -151,8 +151,10 @@ def _check_row(folder: Path, row: Any) -> float:
     "A row's mL of blood, NaN where it says none. Raises: ValueError that says what is wrong in the row."
     check_name(row.case)
     window_of(row.intensity)
-    if not row.patient or not f"{row.patient}{row.site}".isprintable():
-        raise ValueError("has no patient, or one or a site that can not be printed; write it in")
+    if not row.patient:
+        raise ValueError("has no patient; write it in")
+    if not f"{row.patient}{row.site}".isprintable():
+        raise ValueError("its patient or site holds characters that can not be printed; write them without")
     if row.spacing not in ("known", "unknown"):
         raise ValueError(f"spacing {row.spacing!r} is neither known nor unknown")
     for name in (row.image, row.label):
@@ -258,6 +260,11 @@ class _Listed:
     def patients(self) -> list[str]:
         "Patients, sorted, each once."
         return sorted(self.table.patient.unique())
+
+    @property
+    def files(self) -> list[Path]:
+        "The table, and every image and mask that it names."
+        return [self.folder / name for name in ("cohort.csv", *self.table.image, *self.table.label)]
 
     @property
     def voxels(self) -> dict[str, str]:

@@ -535,7 +535,7 @@ def _check_patients(study: Study) -> None:
         folds = kfold(known, split if isinstance(split, int) else split.count) if known else []
     for run, fold in product(expand_runs(study), folds):
         fold = fewer(fold, run["patients"]) if run["patients"] else fold
-        if len(run["candidates"]) > 1 or "patience" in run["options"]:
+        if len(run["candidates"]) > 1 or run["options"].get("patience"):
             inner_split(fold.train, fold.train)
 
 # %% ../nbs/42_study.ipynb #66681f6c

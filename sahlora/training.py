@@ -489,7 +489,7 @@ def pretrain(cohort: Cohort, out: str | Path, network: Mapping[str, Any], traini
     facts = {"network": dict(network), "training": training_facts(how), "data": store.folder.name}
     checkpoint = Checkpoint(out / "checkpoint.safetensors", facts)
     resumed, files = checkpoint.path.exists(), [*BASE_FILES, *(path.name for path in checkpoint.files)]
-    with output_folder(out, "pretrain", facts, files, overwrite, [cohort.folder]) as done:
+    with output_folder(out, "pretrain", facts, files, overwrite, cohort.files) as done:
         if done:
             return pd.read_csv(out / "history.csv")
         history = train_patients(net, store, cohort.patients, how, checkpoint=checkpoint, quiet=quiet, label="pre-training",

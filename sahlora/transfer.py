@@ -288,7 +288,7 @@ def cross_validate(base: str | Path, cohort: Cohort, strategy: Strategy, folds: 
     shared = _check_run(header, cohort, strategy, folds, store)
     run = _Folds(base, cohort, store, strategy, out / "unfinished", quiet, tensorboard, every, cohort_tolerance(cohort, tolerance_mm))
     with output_folder(out, "finetune", _run_facts(run, header, folds, study), _run_files(strategy, folds), overwrite,
-                       [base, cohort.folder]) as finished:
+                       [base, *cohort.files]) as finished:
         if finished:
             return load_run(out)[1]
         resumed = run.folder.exists()

@@ -7,6 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from sahlora import files, outputs
@@ -298,9 +299,12 @@ def test_training_does_not_overwrite_what_it_reads(made, tmp_path):
     before = {path: path.read_bytes() for folder in (base.parent, source.folder) for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="model.safetensors, which this call reads"):
         finetune(made, base.parent, overwrite=True)
-    with pytest.raises(ValueError, match="source, which this call reads"):
+    with pytest.raises(ValueError, match="cohort.csv, which this call reads"):
         pretrain(source, source.folder, NETWORK, TRAINING, quiet=True, overwrite=True)
     assert all(path.read_bytes() == was for path, was in before.items())
+    for steps in (2, 3):  # a run beside the scans, in the cohort's own folder, is no input
+        pretrain(source, source.folder / "base", NETWORK, {**TRAINING, "steps": steps}, quiet=True, overwrite=True)
+    assert len(pd.read_csv(source.folder / "base/history.csv")) == 3
 
 
 def test_finetuning_twice_trains_once(made, tmp_path, monkeypatch):

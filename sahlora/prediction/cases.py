@@ -77,10 +77,12 @@ def _is_dicom(path: Path) -> bool:
     "Whether a regular file is DICOM, by its ending or by the letters at byte 128; a DICOMDIR holds no picture."
     if path.name.upper() == "DICOMDIR" or not path.is_file():
         return False
+    if path.suffix.lower() in DICOM:
+        return True
     try:
         with open(path, "rb") as file:
             file.seek(128)
-            return path.suffix.lower() in DICOM or file.read(4) == b"DICM"
+            return file.read(4) == b"DICM"
     except OSError:  # a file that can not be read is not known to be a scan
         return False
 
