@@ -71,8 +71,8 @@ def hd95(a, b, ct) -> float:
 
 
 def equal(mine, theirs) -> None:
-    "Equal HD95: MONAI finds the percentile's rank in float32, so its HD95 carries an error of that size."
-    np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+    "Equal HD95 to a micrometre: MONAI finds the percentile's rank in float32, so it lies off by some 1e-5 of the gap between two distances."
+    np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-3)
 
 
 def same(one, other) -> None:

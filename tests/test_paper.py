@@ -65,8 +65,9 @@ def test_everything_is_there_and_whole(finished):
     assert [run["trainable"] for run in results["runs"]][:4] == [0, 0, 101_985, 4_920]
     assert len(results["patients"]) == 15 and results["cohorts"]["source"]["patients"] == 4
     assert (report / "paper.pdf").read_bytes().startswith(b"%PDF")
-    assert {path.name for path in (report / "figures").iterdir()} == {f"{name}.{kind}" for kind in ("svg", "png") for name in (
-        "overview", "cohorts", "network", "dice", "curves", "overlays", "bins", "volumes", "parameters", "ledger")}
+    assert {path.name for path in (report / "figures").iterdir()} == {"record.json"} | {
+        f"{name}.{kind}" for kind in ("svg", "png") for name in ("overview", "cohorts", "network", "dice", "curves", "overlays", "bins",
+                                                                 "volumes", "parameters", "ledger")}
     cost = json.loads((report / "cost.json").read_text())
     assert all(facts["seconds"] > 0 and facts["threads"] == 1 for facts in cost.values()) and len(cost) == 7
 
