@@ -17,10 +17,11 @@ from sahlora import display, viewer
 from sahlora.adapters import adapt
 from sahlora.cohort import Cohort, cohort_html, make_phantom_cohort
 from sahlora.ct import HeadCT
-from sahlora.figures import MASK, PREDICTION
+from sahlora.figures.style import MASK, PREDICTION
 from sahlora.phantom import make_case
 from sahlora.prediction import Prediction
-from sahlora.study import expand_runs, project_path, read_study
+from sahlora.experiment import project_path
+from sahlora.study import expand_runs, read_study
 from sahlora.unet import MultiViewUnet
 from sahlora.viewer import contact_sheet, slice_picture, slider, view
 

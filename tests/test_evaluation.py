@@ -16,7 +16,7 @@ from scipy import ndimage
 from sahlora.ct import HeadCT
 from sahlora.evaluation import (BINS, MIN_LESION_ML, SCORES, VOLUMES, bounding_box, by_bin, dice, empty_side, f1,
                                 find_lesions, hausdorff, lesion_counts, place_mm, score_patient, slice_counts,
-                                summarize, summarize_run, surface, surface_dice, surface_distances, surface_heading,
+                                summarize, surface, surface_dice, surface_distances, surface_heading,
                                 surface_tolerance, volume_bin, voxel_edges)
 
 UNDEFINED = ("dice_soft", "dice_hard", "nsd", "hd95_mm", "lesion_f1", "slice_sensitivity")
@@ -592,26 +592,18 @@ def cohort() -> pd.DataFrame:
     return pd.DataFrame([{"patient": f"p{i}", **score_patient(*pair)} for i, pair in enumerate(pairs)])
 
 
-def test_summary_of_a_run_by_hand():
-    table = cohort()
-    run = summarize_run(table)
-    counts = ("patients", "hd95_failures", "one_sided", "empty_annotation", "both_empty")
-    assert [run[name] for name in counts] == [5, 1, 2, 1, 1] and set(run["scores"]) == {*SCORES, *VOLUMES}
-    assert [run[f"lesion_{name}"] for name in ("tp", "fp", "fn")] == [2, 1, 1]
-    hard = run["scores"]["dice_hard"]
+def test_summary_of_a_score_by_hand():
+    hard, far = (summarize(cohort()[name]) for name in ("dice_hard", "hd95_mm"))
     values = [2 / 3, 1.0, 0.0, 0.0]
     assert (hard["n"], hard["missing"]) == (4, 1) and hard["mean"] == pytest.approx(np.mean(values))
     assert hard["sd"] == pytest.approx(np.std(values, ddof=1)) and hard["median"] == pytest.approx(1 / 3)
-    assert run["scores"]["hd95_mm"]["n"] == 1 and run["scores"]["hd95_mm"]["sd"] is None
+    assert far["n"] == 1 and far["sd"] is None
 
 
 def test_a_table_that_went_through_a_file_gives_the_same():
     table = cohort()
     read = pd.read_csv(io.StringIO(table.to_csv(index=False)))
-    assert summarize_run(read) == summarize_run(table)
     pd.testing.assert_frame_equal(by_bin(read), by_bin(table))
-    same = table.iloc[:2]  # a column of empty words alone comes back as numbers
-    assert summarize_run(pd.read_csv(io.StringIO(same.to_csv(index=False)))) == summarize_run(same)
 
 
 def test_every_bin_has_its_row():
@@ -625,9 +617,8 @@ def test_every_bin_has_its_row():
 
 def test_tables_of_older_runs_are_refused_by_name():
     old = cohort().drop(columns=["nsd", "tolerance_mm"]).assign(nsd_2mm=0.5)  # counted voxels
-    for summary in (summarize_run, by_bin):
-        with pytest.raises(ValueError, match="lacks nsd: score its patients again"):
-            summary(old)
+    with pytest.raises(ValueError, match="lacks nsd: score its patients again"):
+        by_bin(old)
     with pytest.raises(ValueError, match="volume_ml"):
         by_bin(cohort().drop(columns="volume_ml"))
 

@@ -15,10 +15,10 @@ from matplotlib.colors import to_hex
 from sahlora.claims import REVISION
 from sahlora.ct import HeadCT
 from sahlora.display import plain_text
-from sahlora.figures import (COLUMN, NOTE, PAGE, amounts, best_median_worst, cohort_sheet, dice_by_parameters, dice_by_strategy,
-                             dice_by_volume, family, few, label, learning_curves, ledger, look, overlays, save_figure, study_overview,
-                             volume_agreement)
-from sahlora.figures.style import nothing, parts
+from sahlora.figures.pictures import best_median_worst, cohort_sheet, learning_curves, overlays
+from sahlora.figures.results import (amounts, dice_by_parameters, dice_by_strategy, dice_by_volume,
+                                     few, ledger, study_overview, volume_agreement)
+from sahlora.figures.style import COLUMN, NOTE, PAGE, family, label, look, nothing, parts, save_figure
 from sahlora.prediction.sheet import overlay_sheet
 
 METHODS = ("lora-c", "convlora", "cp-lora", "dora-c", "convdora", "cp-dora")

@@ -12,8 +12,7 @@ import pytest
 import yaml
 
 from sahlora.files import read_json
-from sahlora.provenance import code_hash
-from sahlora.study import project_path
+from sahlora.experiment import code_hash, project_path
 
 FOLDER = project_path("nbs/tutorials")
 TUTORIALS = sorted(FOLDER.glob("*.ipynb"))

@@ -23,7 +23,6 @@ from sahlora.unet import (
     draw_network,
     forward_flops,
     init_weights,
-    receptive_field,
     region_modules,
     region_parameters,
 )
@@ -515,38 +514,7 @@ def test_build_network_names_bad_arguments():
         build_network({"name": "unet", "levels": "2"})
 
 
-# Views, tracing, cost, drawing
-
-
-@pytest.mark.parametrize(("dilations", "expected"), [((1,), 3), ((1, 2), 7), ((1, 2, 4), 15)])
-def test_views_see_what_the_formula_says(dilations, expected):
-    torch.manual_seed(0)
-    m2 = M2(4)
-    view = torch.nn.Sequential(*(getattr(m2, f"view{d}") for d in dilations))
-    assert [getattr(m2, f"view{d}").conv.dilation for d in dilations] == [(d, d) for d in dilations]
-    field = receptive_field(view, 4, size=25)
-    seen = torch.nonzero(field)
-    half = expected // 2
-    assert seen.min(0).values.tolist() == [12 - half] * 2 and seen.max(0).values.tolist() == [12 + half] * 2
-    assert len(seen) == expected**2 and field.max() == 1
-
-
-def test_receptive_field_changes_nothing():
-    module = M1(2).train()
-    before = copy.deepcopy(module.state_dict())
-    with torch.no_grad():
-        receptive_field(module, 2, size=9)
-    assert module.training and all(torch.equal(v, module.state_dict()[k]) for k, v in before.items())
-    assert all(p.dtype == torch.float32 and p.grad is None for p in module.parameters())
-
-
-def test_receptive_field_of_a_module_that_ignores_its_input():
-    class Blind(torch.nn.Module):
-        def forward(self, x):
-            return x * 0
-
-    field = receptive_field(Blind(), 1, size=5)
-    assert not field.any() and not field.isnan().any()
+# Tracing, cost, drawing
 
 
 def test_activations_are_what_flows(net, slices):
