@@ -7,7 +7,7 @@ __all__ = ['ADAPTERS', 'RANKLESS', 'Pair', 'VERDICTS', 'CLAIMS', 'UNDER_REVISION
            'count_parameters', 'gather', 'method_scores', 'Claim', 'not_tested', 'decide', 'without_p', 'detail',
            'one_beats_other', 'methods_of', 'claim_1', 'claim_2', 'rank_sides', 'rank_trend', 'claim_5',
            'volume_trends', 'claim_3', 'equal_rank_pairs', 'equal_parameter_pairs', 'comparable', 'lacking_pairs',
-           'claim_4', 'judge', 'ledger_table']
+           'claim_4', 'judge']
 
 # %% ../nbs/52_claims.ipynb #eb89e3c8
 import math
@@ -19,10 +19,10 @@ from typing import Annotated, Any
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-from .agreement import Trend, equivalence, page_trend, spearman
+from .statistics import (Comparison, Comparisons, Interval, Paired, Result, Trend, compare,
+                                equivalence, holm, page_trend, paired, patient_scores, scored,
+                                smallest_difference, spearman)
 from .display import markdown_text
-from .statistics import (Comparison, Comparisons, Interval, Paired, Result, compare, holm, paired,
-                                patient_scores, scored, smallest_difference)
 
 # %% ../nbs/52_claims.ipynb #ee4efc84
 ADAPTERS = ("lora-c", "convlora", "cp-lora", "dora-c", "convdora", "cp-dora")
@@ -506,10 +506,3 @@ def _among_five(one: Claim, p: float | None, plan: Plan) -> Claim:
         return replace(one, p_holm=p)
     reason = f"{_p(p)} when adjusted for the claims that were tested (Holm)"
     return replace(one, verdict="inconclusive", p_holm=p, reason=reason, sentence=f"{one.sentence} This stays open, though: {reason}.")
-
-
-def ledger_table(claims: Sequence[Claim]) -> pd.DataFrame:
-    "One row per claim: verdict, effect, interval, p, n and the sentence that may be written."
-    names = ["number", "claim", "verdict", "effect", "low", "high", "p", "p_holm", "n", "sentence"]
-    return pd.DataFrame([(one.number, one.claim, one.verdict, one.effect, *(one.interval or (None, None)), one.p,
-                          one.p_holm, one.n, one.sentence) for one in claims], columns=names)

@@ -7,7 +7,7 @@ __all__ = ['TIE_MM', 'MIN_LESION_ML', 'MIN_LESION_VOXELS', 'SCORES', 'VOLUMES', 
            'place_mm', 'bounding_box', 'surface_distances', 'voxel_edges', 'upright', 'surface_tolerance',
            'surface_dice', 'hausdorff', 'surface_scores', 'find_lesions', 'lesion_counts', 'share', 'f1',
            'slice_counts', 'detection_scores', 'voxel_ml_by_slice', 'volumes', 'score_patient', 'surface_heading',
-           'summarize', 'summarize_run', 'by_bin', 'BINS', 'volume_bin']
+           'summarize', 'by_bin', 'BINS', 'volume_bin']
 
 # %% ../nbs/50_evaluation.ipynb #04e306cc
 import math
@@ -270,21 +270,6 @@ def _need(patients: pd.DataFrame, columns: Iterable[str]) -> None:
     lacking = [name for name in columns if name not in patients]
     if lacking:
         raise ValueError(f"the table lacks {', '.join(lacking)}: score its patients again with score_patient")
-
-
-def summarize_run(patients: pd.DataFrame) -> dict[str, dict | int]:
-    """Summary of a run's patients, one row each (of one role): every score, failures, empties, lesions in all.
-
-    scores: `summarize` by name; hd95_failures: blood annotated, nothing predicted; empty_annotation: predicted, nothing
-    annotated; one_sided: both kinds; both_empty. Raises: ValueError for missing columns.
-    """
-    lesions = ("lesion_tp", "lesion_fp", "lesion_fn")
-    _need(patients, (*SCORES, *VOLUMES, *lesions, "empty"))
-    sides = {side: int((patients["empty"] == side).sum()) for side in ("prediction", "annotation", "both")}
-    return {"patients": len(patients), "scores": {name: summarize(patients[name]) for name in (*SCORES, *VOLUMES)},
-            "hd95_failures": sides["prediction"], "empty_annotation": sides["annotation"],
-            "one_sided": sides["prediction"] + sides["annotation"], "both_empty": sides["both"],
-            **{name: int(patients[name].sum()) for name in lesions}}
 
 # %% ../nbs/50_evaluation.ipynb #165d8b7f
 def by_bin(patients: pd.DataFrame, scores: Iterable[str] = SCORES) -> pd.DataFrame:

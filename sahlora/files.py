@@ -14,7 +14,6 @@ import os
 import platform
 import re
 import shutil
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -11,7 +11,6 @@ import ctypes
 import os
 import platform
 import resource
-import time
 from collections.abc import Mapping
 from typing import Any
 

@@ -18,13 +18,15 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .display import markdown_text, plain_text, table_markdown
-from .figures import (amounts, cohort_sheet, dice_by_parameters, dice_by_strategy, dice_by_volume, learning_curves, ledger, overlays,
-                             save_figure, study_overview, volume_agreement)
+from .figures.pictures import cohort_sheet, learning_curves, overlays
+from .figures.results import (amounts, dice_by_parameters, dice_by_strategy,
+                                     dice_by_volume, ledger, study_overview, volume_agreement)
+from .figures.style import save_figure
 from .files import atomic_path, file_hash, read_json
-from .results import read_results, study_output, tested_rows
+from .results import (patient_frame, plan_strategies, read_results, strategy_names,
+                             study_output, tested_rows)
 from .statistics import strategies
-from .study import project_path
-from .tables import patient_frame, plan_strategies, strategy_names
+from .experiment import project_path
 from .unet import build_network, draw_network
 
 # %% ../nbs/71_report.ipynb #3d8e370a

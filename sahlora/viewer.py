@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .ct import HeadCT
 from .display import MASK_COLOR, PREDICTION_COLOR, grey_slice, html_text, marked, plain_text, png_bytes, shown_mask
 from .prediction import Prediction
-from .prediction.sheet import mosaic, pick_slices
+from .prediction.scan import mosaic, pick_slices
 
 if TYPE_CHECKING:
     from ipywidgets import VBox

@@ -9,12 +9,11 @@ import pandas as pd
 import pytest
 
 from sahlora import claims as ledger
-from sahlora.agreement import equivalence, spearman
+from sahlora.statistics import compare, equivalence, paired, spearman
 from sahlora.claims import (CLAIMS, REVISION, UNDER_REVISION, VERDICTS, Claim, Plan, claim_1, claim_2, claim_3, claim_4, claim_5, comparable,
                             count_parameters, decide, detail, equal_parameter_pairs, equal_rank_pairs, gather,
                             lacking_pairs, method_scores, methods_of, not_tested, one_beats_other,
                             rank_sides, rank_trend, volume_trends, without_p)
-from sahlora.statistics import compare, paired
 
 PER_RANK = {"cp-lora": 615, "lora-c": 4929, "convlora": 3393}
 RANKS = (2, 8, 32)

@@ -227,6 +227,6 @@ def test_a_study_outside_a_checkout_says_so(tmp_path, monkeypatch):
         said = run("study", word, "smoke.yaml")
         assert said.exit_code == 2 and "in a checkout of the project" in said.output
     monkeypatch.undo()
-    monkeypatch.setattr("sahlora.cli.studies.find_spec", lambda name: None)
+    monkeypatch.setattr("sahlora.cli.commands.find_spec", lambda name: None)
     said = run("study", "plan", "paper/studies/smoke.yaml")
     assert said.exit_code == 2 and "psutil, snakemake, papermill missing" in said.output

@@ -19,7 +19,7 @@ from sahlora.figures.pictures import best_median_worst, cohort_sheet, learning_c
 from sahlora.figures.results import (amounts, dice_by_parameters, dice_by_strategy, dice_by_volume,
                                      few, ledger, study_overview, volume_agreement)
 from sahlora.figures.style import COLUMN, NOTE, PAGE, family, label, look, nothing, parts, save_figure
-from sahlora.prediction.sheet import overlay_sheet
+from sahlora.prediction.scan import overlay_sheet
 
 METHODS = ("lora-c", "convlora", "cp-lora", "dora-c", "convdora", "cp-dora")
 REGIONS = {"shallow": 46_785, "deep": 46_464, "encoding": 46_944, "decoding": 101_985, "all": 232_737}

@@ -13,9 +13,8 @@ from sahlora.checks import check_cohort
 from sahlora.cohort import Cohort, make_phantom_cohort, to_hu
 from sahlora.ct import read_nifti
 from sahlora.ct.check import some_of
-from sahlora.imports import import_cohort, import_ct_ich, read_patients
-from sahlora.layouts import (BLOOD, KINDS, LAYOUTS, blood_mask, combine_raters, layout_help, parse_labels,
-                             which_blood)
+from sahlora.layouts import (BLOOD, KINDS, LAYOUTS, blood_mask, combine_raters, import_cohort,
+                             import_ct_ich, layout_help, parse_labels, read_patients, which_blood)
 
 SHAPE = (24, 30, 6)
 

@@ -27,8 +27,8 @@ from sahlora.phantom import make_case
 from sahlora.prediction import InputSpec, Prediction, find_cases, load_model, overlay_sheet, predict_cases, predict_scan
 from sahlora.prediction import cases as cases_module
 from sahlora.prediction.cases import CASE_COLUMNS, whole_folder
-from sahlora.prediction.scan import choose_device, choose_precision, default_batch, fast_copy, network_grid
-from sahlora.prediction.sheet import pick_slices
+from sahlora.prediction.scan import (choose_device, choose_precision, default_batch, fast_copy,
+                                     network_grid, pick_slices)
 from sahlora.training import pad_to_multiple, save_network, weights_hash
 from sahlora.unet import MultiViewUnet, Unet
 

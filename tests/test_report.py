@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from sahlora import report, results, tables
+from sahlora import report, results
 from sahlora.cohort import Cohort, make_phantom_cohort
 from sahlora.display import plain_text
 from sahlora.files import file_hash
@@ -207,7 +207,7 @@ def test_failed_and_missing_runs_are_named_and_the_rest_completes(study, copied,
     assert {row["strategy"]: row["seeds"] for row in found["seeds"]} == {
         "none": 2, "fine-tuning-decoding": 1, "cp-lora-r2-decoding": 1, "cp-lora-r8-decoding": 2}
     assert found["summaries"][0] == collected["summaries"][0] and len(found["claims"]) == 5
-    lines = tables.gap_lines(found)
+    lines = results.gap_lines(found)
     assert len(lines) == 2 and "the loss is nan" in lines[0] and "cp-lora-r2-decoding-s1" in lines[1]
 
 
@@ -239,7 +239,7 @@ def test_a_run_of_another_study_is_named_and_not_used(study, copied):
     found, _ = results.collect(study, copied)
     (failed,) = found["failed"]
     assert failed["id"] == "cp-lora-r8-decoding-s0" and "another run's" in failed["error"] and "rank was 2, is 8" in failed["error"]
-    assert len(found["runs"]) == 9 and "rank was 2, is 8" in " ".join(tables.gap_lines(found))
+    assert len(found["runs"]) == 9 and "rank was 2, is 8" in " ".join(results.gap_lines(found))
 
 
 def test_runs_on_another_base_are_not_used(study, copied):
@@ -265,8 +265,8 @@ def test_files_that_the_run_did_not_write_are_refused(study, copied, name):
 def test_one_seed_has_no_spread(study, runs):
     found, _ = results.collect(with_rows(study, seeds=[0], runs=ROWS[:3]), runs)
     assert all(row["seeds"] == 1 and row["sd_seeds"] is None for row in found["seeds"])
-    assert found["amounts"] == [] and found["networks"] == [] and not len(tables.seed_table(found))
-    assert not len(tables.amount_table(found)) and not len(tables.network_table(found))
+    assert found["amounts"] == [] and found["networks"] == [] and not len(results.seed_table(found))
+    assert not len(results.amount_table(found)) and not len(results.network_table(found))
 
 
 def drawn(found, histories, pictures):
@@ -289,8 +289,8 @@ def test_without_spacing_no_volume_is_known(study, copied, tmp_path):
     found, *rest = results.read_results(tmp_path / "report")
     assert found["volumes"] == [] and {row["bin"] for row in found["bins"]} == {"unknown"} and len(found["summaries"]) == 4
     assert drawn(found, *rest) == ALWAYS | {"parameters", "amounts", "ledger"}
-    assert tables.score_table(found)["HD95, mm"].tolist() == tables.score_table(found)["surface Dice"].tolist() == ["–"] * 4
-    assert set(tables.patient_table(found)["mL"]) == {"unknown"}
+    assert results.score_table(found)["HD95, mm"].tolist() == results.score_table(found)["surface Dice"].tolist() == ["–"] * 4
+    assert set(results.patient_table(found)["mL"]) == {"unknown"}
     assert next(claim for claim in found["claims"] if claim["number"] == 3)["verdict"] == "not tested"
 
 
@@ -303,8 +303,8 @@ def test_a_fit_is_never_concluded_from(study, copied, tmp_path):
     assert drawn(found, *rest) == ALWAYS
     rows, title = report.dice_rows(found)
     assert title == "a fit, not a test" and len(rows) == 4 * 5
-    assert "soft Dice of the fit" in tables.strategy_table(found) and not len(tables.claims_table(found))
-    assert tables.patient_table(found).patient.str.endswith("(fit)").sum() == 5
+    assert "soft Dice of the fit" in results.strategy_table(found) and not len(results.claims_table(found))
+    assert results.patient_table(found).patient.str.endswith("(fit)").sum() == 5
 
 
 # ---- every table of every study
@@ -312,31 +312,31 @@ def test_a_fit_is_never_concluded_from(study, copied, tmp_path):
 def test_every_table_is_text_without_gaps_in_words(collected):
     for name in ("strategy", "region", "rank", "score", "rate", "volume", "agreement", "seed", "amount", "network", "claims", "published",
                  "patient", "cohort", "provenance"):
-        text = getattr(tables, f"{name}_table")(collected).to_markdown(index=False)
+        text = getattr(results, f"{name}_table")(collected).to_markdown(index=False)
         assert not re.search(r"\b(nan|None|NaN|NaT|<NA>)\b", text), name
-    assert tables.rank_table(collected).columns.tolist() == ["method", "rank 2", "rank 8"]
-    assert tables.region_table(collected).strategy.str.replace(" †", "").tolist() == ["No fine-tuning", "Fine-tuning, decoding"]
-    assert "another cohort" in " ".join(tables.published_table(collected).columns)
+    assert results.rank_table(collected).columns.tolist() == ["method", "rank 2", "rank 8"]
+    assert results.region_table(collected).strategy.str.replace(" †", "").tolist() == ["No fine-tuning", "Fine-tuning, decoding"]
+    assert "another cohort" in " ".join(results.published_table(collected).columns)
 
 
 def test_surface_dice_stands_with_its_tolerance_or_not_at_all(collected):
     (tolerance,) = {row["tolerance_mm"] for row in collected["patients"]}
-    assert tolerance >= 5 and f"surface Dice, {tolerance:g} mm" in tables.score_table(collected)
+    assert tolerance >= 5 and f"surface Dice, {tolerance:g} mm" in results.score_table(collected)
     old = {**collected, "patients": [{key: value for key, value in row.items() if key not in ("nsd", "tolerance_mm")}
                                      for row in collected["patients"]]}
-    assert list(tables.score_table(old)) == ["strategy", "HD95, mm", "lesion F1", "slice sensitivity", "slice specificity"]
-    assert len(tables.strategy_table(old)) == 4 and len(tables.patient_table(old)) == 6
+    assert list(results.score_table(old)) == ["strategy", "HD95, mm", "lesion F1", "slice sensitivity", "slice specificity"]
+    assert len(results.strategy_table(old)) == 4 and len(results.patient_table(old)) == 6
 
 
 def test_claims_under_revision_are_called_so_wherever_they_stand(collected):
     revised = {claim["number"]: claim for claim in collected["claims"] if claim["number"] in (2, 4, 5) and claim["verdict"] != "not tested"}
     assert revised and {claim["verdict"] for claim in revised.values()} == {"under revision"}
     reason = revised[2]["reason"]
-    table = tables.claims_table(collected).set_index("claim")
+    table = results.claims_table(collected).set_index("claim")
     for claim in revised.values():
         row = table.loc[f"{claim['number']}. {claim['claim']}"]
         assert row["verdict"] == "under revision" and reason in row["what may be written"]
-    assert "claim 2: under revision" in set(tables.published_table(collected).here)
+    assert "claim 2: under revision" in set(results.published_table(collected).here)
     said = report.captions(collected)
     assert reason in said["ledger"] and reason in said["overview"]
 
@@ -346,10 +346,10 @@ def test_many_strategies_are_chosen_from_by_a_rule_in_words(collected):
     many = [{**run, "name": f"{method}-r{rank}-decoding", "method": method, "rank": rank, "region": "decoding"}
             for method in ("lora-c", "convlora", "cp-lora", "dora-c") for rank in (2, 8)]
     found = {**collected, "runs": [*collected["runs"], *many]}
-    chosen, rule = tables.chosen_strategies(found)
+    chosen, rule = results.chosen_strategies(found)
     assert chosen == ["none", "fine-tuning-decoding", "cp-lora-r8-decoding", "lora-c-r8-decoding", "convlora-r8-decoding"]
-    assert "rank 8" in rule and tables.chosen_strategies(collected)[1] == "all strategies"
-    assert tables.chosen_strategies({**found, "plan": {**found["plan"], "baseline": "x", "standard": "y", "equal_rank": 3}})[1].startswith("the first")
+    assert "rank 8" in rule and results.chosen_strategies(collected)[1] == "all strategies"
+    assert results.chosen_strategies({**found, "plan": {**found["plan"], "baseline": "x", "standard": "y", "equal_rank": 3}})[1].startswith("the first")
 
 
 # ---- provenance

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from sahlora.batch import make_batch
-from sahlora.tables import rate_table
+from sahlora.results import rate_table
 from sahlora.experiment import check_parameters, code_hash, reached
 from sahlora.study import expand_runs, make_cohort, network_of, read_study, strategy_of, training_values
 
@@ -184,10 +184,10 @@ def test_a_stage_reaches_what_decides_its_result_and_nothing_else(project):
         cells = nbformat.read(path, 4).cells
         modules[path.stem[2:]] = set(reached("\n".join(cell.source for cell in cells if cell.cell_type == "code")))
     for stage, wanted, alien in (
-        ("cohorts", {"phantom.trauma", "imports", "study"}, {"report", "results", "batch"}),
+        ("cohorts", {"phantom.trauma", "layouts", "study"}, {"report", "results", "batch"}),
         ("pretrain", {"training", "augmentation", "slices", "unet"}, {"transfer", "statistics", "claims", "report", "study"}),
         ("finetune", {"training", "strategies", "adapters.cp_lora", "evaluation", "checkpoint"}, {"statistics", "claims", "report", "results", "study"}),
-        ("report", {"claims", "statistics", "results", "figures.results"}, {"batch", "estimate", "cli"}),
+        ("report", {"claims", "statistics", "results", "figures.results"}, {"batch", "cli"}),
     ):
         assert {f"sahlora.{name}" for name in wanted} <= modules[stage], stage
         assert not {f"sahlora.{name}" for name in alien} & modules[stage], stage

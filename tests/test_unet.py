@@ -13,7 +13,6 @@ import torch
 from torch.nn import functional as F
 
 from sahlora.unet import (
-    M1,
     M2,
     NETWORKS,
     MultiViewUnet,

@@ -16,14 +16,15 @@ from pathlib import Path
 
 # %% ../../nbs/30_adapters.ipynb #b2a6924b
 from .core import METHODS, Delta, Wrapper, delta_weight, effective_weight, register
-from .network import active_adapter, activate, adapt, adapted_layers, adapters, deactivate, disabled
-from .network import is_merged, merge, merged_copy, remove, summary, unmerge
+from .network import (activate, active_adapter, adapt, adapted_layers, adapters,
+                                      deactivate, disabled, is_merged, merge, merged_copy, remove,
+                                      summary, unmerge)
 from .lora_c import lora_c_delta
 from .convlora import convlora_delta
 from .cp_lora import cp_delta
 from .dora import dora_weight
-from .convert import compress, from_peft, to_peft
-from .files import load_adapter, read_adapter, save_adapter
+from .files import (compress, from_peft, load_adapter, read_adapter, save_adapter,
+                                    to_peft)
 
 # %% ../../nbs/30_adapters.ipynb #c59154a8
 _all_ = [

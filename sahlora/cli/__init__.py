@@ -7,7 +7,7 @@ __all__ = ['METHOD_NAMES', 'app', 'shell']
 
 # %% ../../nbs/80_cli.ipynb #00933bb4
 from .core import METHOD_NAMES, app, shell
-from . import cohorts, networks, prediction, studies  # each adds its subcommands
+from . import commands  # adds the subcommands
 
 # %% ../../nbs/80_cli.ipynb #011f20ad
 _all_ = ["METHOD_NAMES", "app", "shell"]

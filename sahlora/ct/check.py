@@ -9,7 +9,6 @@ __all__ = ['AIR', 'LIGHT', 'HEAVY', 'SHARE', 'PLANES', 'check_hu', 'check_placed
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-import nibabel as nib
 import numpy as np
 
 from .core import angle_degrees, slice_normal

@@ -9,8 +9,7 @@ __all__ = ['CAUTION', 'CaseRun', 'DEVICES', 'InputSpec', 'PRECISIONS', 'Predicti
 # %% ../../nbs/60_prediction.ipynb #759cca22
 from .cases import CaseRun, find_cases, load_model, predict_cases
 from ..hardware import DEVICES, PRECISIONS
-from .scan import InputSpec, Prediction, predict_scan
-from .sheet import CAUTION, overlay_sheet
+from .scan import CAUTION, InputSpec, Prediction, overlay_sheet, predict_scan
 
 # %% ../../nbs/60_prediction.ipynb #fc0ef1a5
 _all_ = [

@@ -31,7 +31,7 @@ from ..ct import HeadCT, read_ct, write_like
 from ..ct.check import is_hidden
 from ..ct.core import stack_spacing
 from ..display import plain_text
-from ..figures import save_figure
+from ..figures.style import save_figure
 from sahlora.files import (
     PART, atomic_folder, file_hash, load_tensors, object_hash, package_version, plain_words, printable, read_json,
     write_csv, write_json,
@@ -39,8 +39,8 @@ from sahlora.files import (
 from ..hardware import choose_device, choose_precision, keep_memory, run_facts
 from ..options import options
 from ..outputs import check_recorded, differences, same_call, sole_writer
-from .scan import InputSpec, Length, Prediction, ScanOptions, Window, predict_scan
-from .sheet import CAUTION
+from .scan import (CAUTION, InputSpec, Length, Prediction, ScanOptions, Window,
+                                     predict_scan)
 from ..training import Devices, Precisions, load_network
 
 # %% ../../nbs/60_prediction.cases.ipynb #acf0f251
