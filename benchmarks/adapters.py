@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-# The settings of sahlora.hardware.keep_memory, and one thread: glibc keeps large blocks instead of asking the system for them at every step.
+# The settings of sahlora.common.hardware.keep_memory, and one thread: glibc keeps large blocks instead of asking the system for them at every step.
 SETTINGS = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_THRESHOLD_": "1073741824",

@@ -16,10 +16,10 @@ import pandas as pd
 from adapters import shown, table, write
 from scipy.stats import spearmanr
 
-from sahlora.claims import REVISION, Claim, Plan, judge
-from sahlora.figures.style import label
-from sahlora.files import read_json
-from sahlora.results import read_results, strategy_name, tested_rows
+from sahlora.evaluation.claims import REVISION, Claim, Plan, judge
+from sahlora.common.style import label
+from sahlora.common.files import read_json
+from sahlora.report.results import read_results, strategy_name, tested_rows
 
 Results = dict[str, Any]
 

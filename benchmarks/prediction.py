@@ -27,7 +27,7 @@ from adapters import SETTINGS, gpu, processor, settle, shown, table, write
 from torch import nn
 
 from sahlora.ct import HeadCT, window
-from sahlora.hardware import choose_device
+from sahlora.common.hardware import choose_device
 from sahlora.phantom import make_case
 from sahlora.prediction import predict_scan
 from sahlora.unet import MultiViewUnet

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from adapters import gpu, processor, shown, table, write
 
-from sahlora.cohort import Cohort, make_phantom_cohort
-from sahlora.hardware import choose_device, choose_precision, keep_memory
-from sahlora.slices import open_store
-from sahlora.strategies import Strategy, how_to_train, prepare
-from sahlora.training import train
+from sahlora.cohorts.cohort import Cohort, make_phantom_cohort
+from sahlora.common.hardware import choose_device, choose_precision, keep_memory
+from sahlora.cohorts.slices import open_store
+from sahlora.training.strategies import Strategy, how_to_train, prepare
+from sahlora.training.loop import train
 from sahlora.unet import MultiViewUnet
 
 DEVICE = choose_device()

@@ -29,14 +29,14 @@ from adapters import SETTINGS, gpu, processor, shown, table, write
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import sahlora.training
-from sahlora.cohort import Cohort, make_phantom_cohort
-from sahlora.folds import Fold
-from sahlora.hardware import choose_device, choose_precision, keep_memory
-from sahlora.slices import SliceStore, open_store
-from sahlora.strategies import Strategy, how_to_train, prepare
-from sahlora.training import pretrain, train
-from sahlora.transfer import cross_validate
+import sahlora.training.loop
+from sahlora.cohorts.cohort import Cohort, make_phantom_cohort
+from sahlora.cohorts.folds import Fold
+from sahlora.common.hardware import choose_device, choose_precision, keep_memory
+from sahlora.cohorts.slices import SliceStore, open_store
+from sahlora.training.strategies import Strategy, how_to_train, prepare
+from sahlora.training.loop import pretrain, train
+from sahlora.training.transfer import cross_validate
 from sahlora.unet import MultiViewUnet
 
 ADAPTERS = ("lora-c", "convlora", "cp-lora", "dora-c", "convdora", "cp-dora")
@@ -260,7 +260,7 @@ def answer(task: str, folder: Path) -> object:
     if os.environ["SAHLORA_BENCHMARK_ALLOCATOR"] == "ours":
         keep_memory()
     else:
-        sahlora.training.keep_memory = dict  # which `train` calls by itself
+        sahlora.training.loop.keep_memory = dict  # which `train` calls by itself
     kind, *arguments = task.split(":")
     if kind == "speeds":
         pixels, rounds, only = arguments

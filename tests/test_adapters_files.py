@@ -856,7 +856,7 @@ def test_empty_adapters_change_nothing(tmp_path):
     net, path = saved(tmp_path, modules_to_train="out")
     header, tensors = read_adapter(path)
     from sahlora.adapters.files import checksum
-    from sahlora.files import save_tensors
+    from sahlora.common.files import save_tensors
 
     for extras in ({}, header["extras"]):
         kept = {key: t for key, t in tensors.items() if any(key.startswith(name) for name in extras)}

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from sahlora.statistics import bland_altman, concordance, equivalence, icc31, page_trend, spearman
+from sahlora.evaluation.statistics import bland_altman, concordance, equivalence, icc31, page_trend, spearman
 
 # Peak expiratory flow, first readings, large and mini meter, L/min: Bland & Altman 1986, Lancet 327:307.
 PEFR = (np.array([494, 395, 516, 434, 476, 557, 413, 442, 650, 433, 417, 656, 267, 478, 178, 423, 427.0]),

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sahlora import claims as ledger
-from sahlora.statistics import compare, equivalence, paired, spearman
-from sahlora.claims import (CLAIMS, REVISION, UNDER_REVISION, VERDICTS, Claim, Plan, claim_1, claim_2, claim_3, claim_4, claim_5, comparable,
+from sahlora.evaluation.scores import claims as ledger
+from sahlora.evaluation.statistics import compare, equivalence, paired, spearman
+from sahlora.evaluation.claims import (CLAIMS, REVISION, UNDER_REVISION, VERDICTS, Claim, Plan, claim_1, claim_2, claim_3, claim_4, claim_5, comparable,
                             count_parameters, decide, detail, equal_parameter_pairs, equal_rank_pairs, gather,
                             lacking_pairs, method_scores, methods_of, not_tested, one_beats_other,
                             rank_sides, rank_trend, volume_trends, without_p)

@@ -11,9 +11,9 @@ import torch
 from typer.testing import CliRunner
 
 from sahlora.cli import app
-from sahlora.cohort import make_phantom_cohort
-from sahlora.files import read_json, write_json
-from sahlora.training import save_network
+from sahlora.cohorts.cohort import make_phantom_cohort
+from sahlora.common.files import read_json, write_json
+from sahlora.training.loop import save_network
 from sahlora.unet import build_network
 
 
@@ -113,7 +113,7 @@ def test_a_mistake_of_ours_is_called_one(run, monkeypatch, tmp_path):
     def broken(*arguments, **options):
         raise KeyError("voxels")
 
-    monkeypatch.setattr("sahlora.checks.check_cohort", broken)
+    monkeypatch.setattr("sahlora.cohorts.checks.check_cohort", broken)
     done = run("cohort", "check", tmp_path)
     assert done.exit_code == 1 and "KeyError" in done.stderr and "--debug" in done.stderr
 

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 import sahlora
 from sahlora import cli
 from sahlora.adapters import METHODS
-from sahlora.hardware import DEVICES, PRECISIONS
-from sahlora.layouts import LAYOUTS
-from sahlora.strategies import strategy_words
+from sahlora.common.hardware import DEVICES, PRECISIONS
+from sahlora.cohorts.layouts import LAYOUTS
+from sahlora.training.strategies import strategy_words
 from sahlora.unet import NETWORKS
 
 ESCAPE = "\x1b["
@@ -222,7 +222,7 @@ def test_completed_words_are_those_of_the_package():
 
 def test_a_study_outside_a_checkout_says_so(tmp_path, monkeypatch):
     "As in an environment that holds the package alone."
-    monkeypatch.setattr("sahlora.experiment.project_path", lambda path: tmp_path / path)
+    monkeypatch.setattr("sahlora.study.experiment.project_path", lambda path: tmp_path / path)
     for word in ("run", "plan"):
         said = run("study", word, "smoke.yaml")
         assert said.exit_code == 2 and "in a checkout of the project" in said.output

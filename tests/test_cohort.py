@@ -10,11 +10,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from sahlora.checks import attempt, check_cohort, find_duplicates, grouped
-from sahlora.cohort import (COLUMNS, Case, Cohort, check_binary, cohort_html, cohort_table, compact, describe_cohort,
+from sahlora.cohorts.checks import attempt, check_cohort, find_duplicates, grouped
+from sahlora.cohorts.cohort import (COLUMNS, Case, Cohort, check_binary, cohort_html, cohort_table, compact, describe_cohort,
                             make_phantom_cohort, read_table, to_hu, volume_bin, voxel_hash, window_of, write_cohort)
 from sahlora.ct import read_ct, read_nifti, write_nifti
-from sahlora.folds import draw_folds, folds_table
+from sahlora.cohorts.folds import draw_folds, folds_table
 
 
 @pytest.fixture(scope="module")
@@ -405,9 +405,9 @@ def spoil(cohort, kind):
 
 @pytest.mark.parametrize("kind", ["too few patients", "no blood", "blood of one patient", "two sizes"])
 def test_what_training_will_refuse_is_told(cohort, tmp_path, kind):
-    from sahlora.folds import folds_for
-    from sahlora.training import pretrain
-    from sahlora.transfer import Strategy, cross_validate
+    from sahlora.cohorts.folds import folds_for
+    from sahlora.training.loop import pretrain
+    from sahlora.training.transfer import Strategy, cross_validate
 
     spoiled, words = spoil(cohort, kind)
     report = check_cohort(spoiled.folder)
@@ -522,7 +522,7 @@ def test_the_same_phantoms_are_kept_and_others_refused(tmp_path, capsys, monkeyp
                          ({"grid": (32, 48)}, "grid was"), ({"slices": 7}, "slices was 6")):
         with pytest.raises(ValueError, match=f"another call.*{words}.*--overwrite"):
             small(tmp_path / "c", **other)
-    monkeypatch.setattr("sahlora.cohort.case_key", lambda *request: "another code's")
+    monkeypatch.setattr("sahlora.cohorts.cohort.case_key", lambda *request: "another code's")
     with pytest.raises(ValueError, match="another call: code was"):
         small(tmp_path / "c")
     assert stamps(tmp_path / "c") == before
@@ -560,7 +560,7 @@ def test_cases_in_memory_are_kept_and_others_refused(tmp_path, capsys):
 
 SCRIPT = """
 import sys, time
-import sahlora.cohort as c
+import sahlora.cohorts.cohort as c
 make = c.make_case
 def slow(*request, **options):
     time.sleep(float(sys.argv[3]))

@@ -3,9 +3,11 @@ import json
 
 import pytest
 
-from sahlora import report, results, study
-from sahlora.claims import REVISION
-from sahlora.outputs import RECORD
+from sahlora.report.page import page as report
+from sahlora.report.page import results
+from sahlora.study.schema import schema as study
+from sahlora.evaluation.claims import REVISION
+from sahlora.common.outputs import RECORD
 
 
 @pytest.fixture(scope="module")

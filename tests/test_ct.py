@@ -11,7 +11,7 @@ import pytest
 from sahlora.ct import HeadCT, read_ct, read_nifti, write_like, write_nifti
 from sahlora.ct.check import is_hidden, some_of, visible
 from sahlora.ct.core import angle_degrees, even_stacks, find_gaps, from_lps, owned_mm, slice_normal, to_lps
-from sahlora.files import plain_words
+from sahlora.common.files import plain_words
 
 SHAPE = (40, 44, 9)
 ORDERS = sorted({"".join(p) for axes in itertools.permutations(("LR", "PA", "SI")) for p in itertools.product(*axes)})

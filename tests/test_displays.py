@@ -13,17 +13,18 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from sahlora import display, viewer
+from sahlora.common import display
+from sahlora.prediction import viewer
 from sahlora.adapters import adapt
-from sahlora.cohort import Cohort, cohort_html, make_phantom_cohort
+from sahlora.cohorts.cohort import Cohort, cohort_html, make_phantom_cohort
 from sahlora.ct import HeadCT
-from sahlora.figures.style import MASK, PREDICTION
+from sahlora.common.style import MASK, PREDICTION
 from sahlora.phantom import make_case
 from sahlora.prediction import Prediction
-from sahlora.experiment import project_path
-from sahlora.study import expand_runs, read_study
+from sahlora.study.experiment import project_path
+from sahlora.study.schema import expand_runs, read_study
 from sahlora.unet import MultiViewUnet
-from sahlora.viewer import contact_sheet, slice_picture, slider, view
+from sahlora.prediction.viewer import contact_sheet, slice_picture, slider, view
 
 PNG = re.compile(r'src="data:image/png;base64,([^"]+)"')
 
@@ -291,7 +292,7 @@ def test_a_notebook_that_runs_without_a_browser_keeps_the_picture(monkeypatch):
 
     for name in ("JPY_SESSION_NAME", "VSCODE_PID"):
         monkeypatch.delenv(name, raising=False)
-    cells = ["import numpy as np\nfrom sahlora.viewer import view", "view(np.full((32, 40, 6), 30.0), np.ones((32, 40, 6)))"]
+    cells = ["import numpy as np\nfrom sahlora.prediction.viewer import view", "view(np.full((32, 40, 6), 30.0), np.ones((32, 40, 6)))"]
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     NotebookClient(nb, timeout=300, kernel_name="python3").execute()
     assert set(nb.cells[1].outputs[0].data) == {"text/plain", "image/png"}

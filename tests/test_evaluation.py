@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from sahlora.ct import HeadCT
-from sahlora.evaluation import (BINS, MIN_LESION_ML, SCORES, VOLUMES, bounding_box, by_bin, dice, empty_side, f1,
+from sahlora.evaluation.scores import (BINS, MIN_LESION_ML, SCORES, VOLUMES, bounding_box, by_bin, dice, empty_side, f1,
                                 find_lesions, hausdorff, lesion_counts, place_mm, score_patient, slice_counts,
                                 summarize, surface, surface_dice, surface_distances, surface_heading,
                                 surface_tolerance, volume_bin, voxel_edges)

@@ -12,13 +12,13 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
-from sahlora.claims import REVISION
+from sahlora.evaluation.claims import REVISION
 from sahlora.ct import HeadCT
-from sahlora.display import plain_text
-from sahlora.figures.pictures import best_median_worst, cohort_sheet, learning_curves, overlays
-from sahlora.figures.results import (amounts, dice_by_parameters, dice_by_strategy, dice_by_volume,
+from sahlora.common.display import plain_text
+from sahlora.report.pictures import best_median_worst, cohort_sheet, learning_curves, overlays
+from sahlora.report.figures import (amounts, dice_by_parameters, dice_by_strategy, dice_by_volume,
                                      few, ledger, study_overview, volume_agreement)
-from sahlora.figures.style import COLUMN, NOTE, PAGE, family, label, look, nothing, parts, save_figure
+from sahlora.common.style import COLUMN, NOTE, PAGE, family, label, look, nothing, parts, save_figure
 from sahlora.prediction.scan import overlay_sheet
 
 METHODS = ("lora-c", "convlora", "cp-lora", "dora-c", "convdora", "cp-dora")

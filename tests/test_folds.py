@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
-from sahlora.checks import check_disjoint, check_leakage, check_voxels
-from sahlora.cohort import Case, Cohort, volume_bin, write_cohort
-from sahlora.folds import Fold, check_folds, draw_folds, fewer, folds_for, folds_table, kfold, patient_volumes, read_folds, stratified
-from sahlora.study import DrawnFolds, FixedFold, FoldsSpec, make_folds, read_study
-from sahlora.training import load_network, pretrain, save_network
-from sahlora.transfer import Strategy, cross_validate
+from sahlora.cohorts.checks import check_leakage
+from sahlora.cohorts.cohort import Case, Cohort, volume_bin, write_cohort
+from sahlora.cohorts.folds import (Fold, check_disjoint, check_folds, check_voxels, draw_folds, fewer, folds_for, folds_table, kfold,
+                                   patient_volumes, read_folds, stratified)
+from sahlora.study.schema import DrawnFolds, FixedFold, FoldsSpec, make_folds, read_study
+from sahlora.training.loop import load_network, pretrain, save_network
+from sahlora.training.transfer import Strategy, cross_validate
 from sahlora.unet import MultiViewUnet
 
 AFFINE = np.diag([-1.0, -1.0, 5.0, 1.0])

@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from sahlora.checks import check_cohort
-from sahlora.cohort import Cohort, make_phantom_cohort, to_hu
+from sahlora.cohorts.checks import check_cohort
+from sahlora.cohorts.cohort import Cohort, make_phantom_cohort, to_hu
 from sahlora.ct import read_nifti
 from sahlora.ct.check import some_of
-from sahlora.layouts import (BLOOD, KINDS, LAYOUTS, blood_mask, combine_raters, import_cohort,
+from sahlora.cohorts.layouts import (BLOOD, KINDS, LAYOUTS, blood_mask, combine_raters, import_cohort,
                              import_ct_ich, layout_help, parse_labels, read_patients, which_blood)
 
 SHAPE = (24, 30, 6)
@@ -715,9 +715,9 @@ def test_nothing_to_import_keeps_what_was_there(tmp_path):
 
 def test_an_interrupted_import_leaves_no_table(tmp_path, monkeypatch):
     lay_pairs(tmp_path / "source")
-    import sahlora.cohort
+    import sahlora.cohorts.cohort
 
-    write, calls = sahlora.cohort.write_nifti, []
+    write, calls = sahlora.cohorts.cohort.write_nifti, []
 
     def full(path, *arguments):
         calls.append(path)
@@ -725,7 +725,7 @@ def test_an_interrupted_import_leaves_no_table(tmp_path, monkeypatch):
             raise OSError(28, os.strerror(28), str(path))
         write(path, *arguments)
 
-    monkeypatch.setattr(sahlora.cohort, "write_nifti", full)
+    monkeypatch.setattr(sahlora.cohorts.cohort, "write_nifti", full)
     with pytest.raises(OSError, match="No space left"):
         import_cohort("pairs", tmp_path / "source", tmp_path / "out")
     assert not (tmp_path / "out/cohort.csv").exists()

@@ -10,17 +10,18 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from sahlora import files, outputs
-from sahlora.cohort import Cohort, make_phantom_cohort
-from sahlora.files import PART, atomic_path, remove_leftovers, temporary_name, write_json
-from sahlora.folds import kfold
-from sahlora.outputs import LOCK, RECORD, check_recorded, output_folder, owner, read_record, sole_writer
-from sahlora.strategies import Strategy
-from sahlora.training import pretrain
-from sahlora.transfer import cross_validate, load_examples, load_run
+from sahlora.common import files
+from sahlora.common import outputs
+from sahlora.cohorts.cohort import Cohort, make_phantom_cohort
+from sahlora.common.files import PART, atomic_path, remove_leftovers, temporary_name, write_json
+from sahlora.cohorts.folds import kfold
+from sahlora.common.outputs import LOCK, RECORD, check_recorded, output_folder, owner, read_record, sole_writer
+from sahlora.training.strategies import Strategy
+from sahlora.training.loop import pretrain
+from sahlora.training.transfer import cross_validate, load_examples, load_run
 
 WRITER = """import sys
-from sahlora.outputs import sole_writer
+from sahlora.common.outputs import sole_writer
 with sole_writer(sys.argv[1]):
     print("in", flush=True)
     sys.stdin.readline()
@@ -275,7 +276,7 @@ def test_pretraining_twice_trains_once(made, tmp_path, monkeypatch, capsys):
     _, source, _ = made
     first = pretrain(source, tmp_path / "base", NETWORK, TRAINING, quiet=True)
     before = (tmp_path / "base/run.json").read_bytes()
-    monkeypatch.setattr("sahlora.training.train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr("sahlora.training.loop.train", lambda *_, **__: pytest.fail("trained again"))
     again = pretrain(source, tmp_path / "base", NETWORK, TRAINING, quiet=True)
     assert again.loss.tolist() == first.loss.tolist() and (tmp_path / "base/run.json").read_bytes() == before
     with pytest.raises(ValueError, match="training.steps was 2, is 3"):
@@ -309,7 +310,7 @@ def test_training_does_not_overwrite_what_it_reads(made, tmp_path):
 
 def test_finetuning_twice_trains_once(made, tmp_path, monkeypatch):
     first = finetune(made, tmp_path)
-    monkeypatch.setattr("sahlora.transfer.train_patients", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr("sahlora.training.transfer.train_patients", lambda *_, **__: pytest.fail("trained again"))
     again, columns = finetune(made, tmp_path), ["method", "patient", "fold", "dice_soft", "predicted_ml"]
     assert list(again) == list(first) and again[columns].to_dict("list") == first[columns].to_dict("list")
 
@@ -347,7 +348,7 @@ def test_a_training_is_not_lost_where_nothing_was_installed(made, tmp_path, monk
 
 def test_the_machine_is_described_before_the_work(made, tmp_path, monkeypatch):
     "What fails there, fails before the first step."
-    monkeypatch.setattr("sahlora.training.machine_facts", lambda: 1 / 0)
-    monkeypatch.setattr("sahlora.training.train", lambda *_, **__: pytest.fail("trained first"))
+    monkeypatch.setattr("sahlora.training.loop.machine_facts", lambda: 1 / 0)
+    monkeypatch.setattr("sahlora.training.loop.train", lambda *_, **__: pytest.fail("trained first"))
     with pytest.raises(ZeroDivisionError):
         pretrain(Cohort.read(made[1].folder), tmp_path / "base", NETWORK, TRAINING, quiet=True)

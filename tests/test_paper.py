@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from sahlora.cohort import make_phantom_cohort
+from sahlora.cohorts.cohort import make_phantom_cohort
 
 TINY = {"source": {"cases": 4, "grid": [32, 48]}, "target": {"cases": 3, "grid": [32, 48]},
         "pretrain": {"steps": 4, "batch_size": 4}, "finetune": {"steps": 3, "batch_size": 4}}

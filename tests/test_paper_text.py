@@ -6,7 +6,7 @@ import shutil
 import pytest
 import typst
 
-from sahlora.claims import CLAIMS, REVISION, VERDICTS, Plan
+from sahlora.evaluation.claims import CLAIMS, REVISION, VERDICTS, Plan
 
 # ---- what may be typed
 

@@ -21,15 +21,15 @@ from torch import nn
 
 from sahlora.adapters import adapt, adapters, merged_copy, save_adapter
 from sahlora.ct import HeadCT, read_ct, write_like, write_nifti
-from sahlora.files import read_json
-from sahlora.models import find_weights
+from sahlora.common.files import read_json
+from sahlora.prediction.models import find_weights
 from sahlora.phantom import make_case
 from sahlora.prediction import InputSpec, Prediction, find_cases, load_model, overlay_sheet, predict_cases, predict_scan
 from sahlora.prediction import cases as cases_module
 from sahlora.prediction.cases import CASE_COLUMNS, whole_folder
 from sahlora.prediction.scan import (choose_device, choose_precision, default_batch, fast_copy,
                                      network_grid, pick_slices)
-from sahlora.training import pad_to_multiple, save_network, weights_hash
+from sahlora.training.loop import pad_to_multiple, save_network, weights_hash
 from sahlora.unet import MultiViewUnet, Unet
 
 AFFINE = np.array([[-0.5, 0, 0, 40], [0, -0.5, 0, 50], [0, 0, 5, -20], [0, 0, 0, 1.0]])
@@ -1305,7 +1305,7 @@ def test_a_record_that_names_files_elsewhere_is_refused(scans, model, tmp_path, 
 
 
 def test_weights_that_are_not_their_runs_are_refused(scans, net, tmp_path):
-    from sahlora.outputs import output_folder
+    from sahlora.common.outputs import output_folder
 
     with output_folder(tmp_path / "run", "pretrain", {"seed": 1}, ["model.safetensors"]):
         save_network(tmp_path / "run/model.safetensors", net)

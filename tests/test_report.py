@@ -13,14 +13,15 @@ import pandas as pd
 import pytest
 import yaml
 
-from sahlora import report, results
-from sahlora.cohort import Cohort, make_phantom_cohort
-from sahlora.display import plain_text
-from sahlora.files import file_hash
-from sahlora.folds import kfold
-from sahlora.study import Study, expand_runs, make_cohort, network_of, read_study, strategy_of
-from sahlora.training import pretrain
-from sahlora.transfer import cross_validate
+from sahlora.report.page import page as report
+from sahlora.report.page import results
+from sahlora.cohorts.cohort import Cohort, make_phantom_cohort
+from sahlora.common.display import plain_text
+from sahlora.common.files import file_hash
+from sahlora.cohorts.folds import kfold
+from sahlora.study.schema import Study, expand_runs, make_cohort, network_of, read_study, strategy_of
+from sahlora.training.loop import pretrain
+from sahlora.training.transfer import cross_validate
 
 ROWS = [{"method": "none"}, {"method": "fine-tuning"}, {"method": "cp-lora", "ranks": [2, 8]},
         {"method": "cp-lora", "patients": [2], "seeds": [0]}, {"method": "none", "network": "unet", "seeds": [0]}]

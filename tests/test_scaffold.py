@@ -170,7 +170,7 @@ def test_a_stale_module_is_found(pristine):
 
 def test_an_uncommitted_export_is_found(pristine):
     "The notebook is committed with a new cell, its module only lies in the folder."
-    path = pristine / "nbs/01_files.ipynb"
+    path = pristine / "nbs/common/files.ipynb"
     notebook = json.loads(path.read_text())
     notebook["cells"].append({"cell_type": "code", "execution_count": None, "id": "added", "metadata": {}, "outputs": [],
                               "source": ["#| export\n", "ADDED = 1"]})
@@ -184,11 +184,11 @@ def test_an_uncommitted_export_is_found(pristine):
 
 
 def test_an_unclean_notebook_is_found(pristine):
-    path = pristine / "nbs/01_files.ipynb"
+    path = pristine / "nbs/common/files.ipynb"
     notebook = json.loads(path.read_text())
     notebook["cells"][2]["metadata"]["scrolled"] = True
     path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
-    assert any("nbs/01_files.ipynb: differs" in line for line in check(pristine))
+    assert any("nbs/common/files.ipynb: differs" in line for line in check(pristine))
 
 
 def test_two_notebooks_never_export_one_module(project):

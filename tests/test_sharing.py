@@ -16,18 +16,18 @@ import torch
 from typer.testing import CliRunner
 
 from sahlora.adapters import METHODS, adapt, read_adapter, save_adapter
-from sahlora.models import (WEIGHTS, export_bundle, find_weights, inference_config, is_synthetic,
+from sahlora.prediction.models import (WEIGHTS, export_bundle, find_weights, inference_config, is_synthetic,
                             make_models, model_card, read_recipe, score_headings, scores_beside,
                             shipped, shipped_card, shipped_table, volume_table, weight_facts)
 from sahlora.cli import app
-from sahlora.cohort import make_phantom_cohort
+from sahlora.cohorts.cohort import make_phantom_cohort
 from sahlora.ct import read_ct, write_like
-from sahlora.display import plain_text
-from sahlora.evaluation import score_patient
-from sahlora.files import file_hash, load_tensors
+from sahlora.common.display import plain_text
+from sahlora.evaluation.scores import score_patient
+from sahlora.common.files import file_hash, load_tensors
 from sahlora.phantom import make_case
 from sahlora.prediction import InputSpec, load_model, predict_scan
-from sahlora.training import predict_volume, pretrain, save_network
+from sahlora.training.loop import predict_volume, pretrain, save_network
 from sahlora.unet import MultiViewUnet, build_network
 
 FILES = ["LICENSE", "configs/inference.json", "configs/metadata.json", "docs/README.md", "models/model.pt", "models/model.ts", "record.json"]
@@ -133,7 +133,7 @@ def test_names_are_found(tmp_path, monkeypatch):
 
 
 def test_weights_that_were_not_installed_are_missed(tmp_path, monkeypatch):
-    monkeypatch.setattr("sahlora.models.WEIGHTS", tmp_path)
+    monkeypatch.setattr("sahlora.prediction.models.WEIGHTS", tmp_path)
     with pytest.raises(FileNotFoundError, match="install sahlora again"):
         find_weights("phantom")
 
@@ -552,7 +552,7 @@ def version(name):
         raise metadata.PackageNotFoundError(name)
     return real(name)
 metadata.version = version
-from sahlora.models import export_bundle
+from sahlora.prediction.models import export_bundle
 export_bundle(sys.argv[1])
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program, tmp_path / "x"], capture_output=True, text=True)
@@ -565,7 +565,7 @@ LIMITED = """
 import resource, sys
 from typer.testing import CliRunner
 from sahlora.cli import app
-import monai.data, sahlora.models
+import monai.data, sahlora.prediction.models
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 done = CliRunner().invoke(app, ["export", "--out", sys.argv[1]])
 print(done.exit_code, done.stderr)
@@ -587,6 +587,6 @@ def test_a_full_disk_is_said_in_words(tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device", str(tmp_path))
 
-    monkeypatch.setattr("sahlora.models.torch.save", full)
+    monkeypatch.setattr("sahlora.prediction.models.torch.save", full)
     done = run("export", "--out", tmp_path / "bundle")
     assert done.exit_code == 2 and "disk is full" in done.stderr and list(contents(tmp_path / "bundle")) == ["record.json"]

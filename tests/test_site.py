@@ -13,7 +13,7 @@ import nbformat
 import pytest
 import render_site
 
-from sahlora.claims import REVISION
+from sahlora.evaluation.claims import REVISION
 
 
 class Links(HTMLParser):
@@ -155,7 +155,7 @@ def test_a_rewritten_link_and_a_signature(tmp_path, project):
 
 def test_nbdev_prepares_the_notebooks_for_quarto(project, tmp_path):
     "What nbdev-docs does before it calls Quarto; types of late imports must not stop it."
-    names = ["01_files.ipynb", "31_adapters.lora_c.ipynb", "42_study.ipynb"]
+    names = ["common/files.ipynb", "adapters/lora_c.ipynb", "study/schema.ipynb"]
     code = ("import sys; from pathlib import Path; from nbdev.processors import FilterDefaults; from nbdev.serve_drv import main\n"
             "for name in sys.argv[2:]: main((Path('nbs') / name, Path(sys.argv[1]) / name, FilterDefaults))")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path), *names], cwd=project, capture_output=True, text=True)

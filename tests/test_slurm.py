@@ -14,7 +14,7 @@ import pytest
 import yaml
 from test_kill import contents, finish, start, wait_for, write_study
 
-from sahlora.batch import cancel_jobs, job_prefix
+from sahlora.study.batch import cancel_jobs, job_prefix
 
 pytestmark = pytest.mark.slow
 

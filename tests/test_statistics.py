@@ -16,8 +16,8 @@ from scipy import stats
 from statsmodels.stats import multitest
 from statsmodels.stats.power import TTestPower
 
-from sahlora import cohort
-from sahlora.statistics import (BINS, FEW, bca_interval, bin_table, compare, complete, describe, friedman,
+from sahlora.cohorts import cohort
+from sahlora.evaluation.statistics import (BINS, FEW, bca_interval, bin_table, compare, complete, describe, friedman,
                                 hodges_lehmann, holm, paired, patient_scores, power, seed_spread,
                                 signed_rank_tails, signed_ranks, smallest_difference, strategies, summary_table,
                                 too_few)

@@ -5,10 +5,10 @@ import nbformat
 import pytest
 import yaml
 
-from sahlora.batch import make_batch
-from sahlora.results import rate_table
-from sahlora.experiment import check_parameters, code_hash, reached
-from sahlora.study import expand_runs, make_cohort, network_of, read_study, strategy_of, training_values
+from sahlora.study.batch import make_batch
+from sahlora.report.results import rate_table
+from sahlora.study.experiment import check_parameters, code_hash, reached
+from sahlora.study.schema import expand_runs, make_cohort, network_of, read_study, strategy_of, training_values
 
 
 @pytest.fixture

@@ -15,16 +15,16 @@ import pytest
 import torch
 from monai.losses import DiceCELoss, DiceLoss
 
-from sahlora import slices
+from sahlora.cohorts import slices
 from sahlora.adapters import adapt
-from sahlora.augmentation import NO_AUGMENTATION, Augmentation, augment, bend, bend_mask, displacement, sample_generator, smooth
-from sahlora.checkpoint import Checkpoint, find_checkpoint
-from sahlora.cohort import Case, Cohort, make_phantom_cohort, write_cohort
-from sahlora.files import load_tensors, save_tensors
-from sahlora.outputs import differences
-from sahlora.slices import BalancedBatches, open_store, pack, unpack
-from sahlora.training import (Training, _averaged, batch_dice, batch_loss, ct_to_images, dice_of_rows, load_network, make_training, pad_to_multiple, predict,
-                              pretrain, save_network, train, training_facts, weights_hash)
+from sahlora.cohorts.augmentation import NO_AUGMENTATION, Augmentation, augment, bend, bend_mask, displacement, sample_generator, smooth
+from sahlora.training.checkpoint import Checkpoint, find_checkpoint
+from sahlora.cohorts.cohort import Case, Cohort, make_phantom_cohort, write_cohort
+from sahlora.common.files import load_tensors, save_tensors
+from sahlora.common.outputs import differences
+from sahlora.cohorts.slices import BalancedBatches, open_store, pack, unpack
+from sahlora.training.loop import (Training, _averaged, batch_dice, batch_loss, ct_to_images, dice_of_rows, load_network,
+                                   make_training, pad_to_multiple, predict, pretrain, save_network, train, training_facts, weights_hash)
 from sahlora.unet import NETWORKS, MultiViewUnet, Unet
 
 PLAIN = Training(steps=4, batch_size=4, precision="fp32", augmentation=NO_AUGMENTATION)
@@ -382,7 +382,7 @@ def test_stopping_early_keeps_a_copy_of_the_best(store):
     history = train(net, store, store.rows(["p0", "p1", "p4"]), how, validation=store.rows(["p2", "p3"]), quiet=True)
     seen = history.validation.dropna()
     assert len(history) < 200 and len(seen) - 1 - seen.to_numpy().argmax() == 2
-    from sahlora.training import dice_of_rows
+    from sahlora.training.loop import dice_of_rows
 
     assert dice_of_rows(net, store, store.rows(["p2", "p3"])) == pytest.approx(seen.max(), abs=0.02)
     with pytest.raises(ValueError, match="needs validation slices"):
@@ -469,10 +469,10 @@ def test_a_device_that_is_not_there(store):
 RUN = """
 import sys, torch, numpy as np
 from pathlib import Path
-from sahlora.checkpoint import Checkpoint
-from sahlora.cohort import Cohort
-from sahlora.slices import open_store
-from sahlora.training import Training, save_network, train
+from sahlora.training.checkpoint import Checkpoint
+from sahlora.cohorts.cohort import Cohort
+from sahlora.cohorts.slices import open_store
+from sahlora.training.loop import Training, save_network, train
 from sahlora.unet import MultiViewUnet
 torch.set_num_threads(1)
 folder, out = map(Path, sys.argv[1:])
@@ -555,9 +555,9 @@ MANY = """
 import resource, sys
 import numpy as np
 import pandas as pd
-from sahlora.cohort import Cohort
-from sahlora.slices import open_store
-from sahlora.training import Training, train
+from sahlora.cohorts.cohort import Cohort
+from sahlora.cohorts.slices import open_store
+from sahlora.training.loop import Training, train
 from sahlora.unet import MultiViewUnet
 store = open_store(Cohort.read(sys.argv[1]), 4)
 train(MultiViewUnet(levels=2), store, np.arange(len(store)), Training(steps=20), quiet=True)

@@ -17,15 +17,15 @@ import torch
 from torch import nn
 
 from sahlora.adapters import adapt, load_adapter
-from sahlora.cohort import Case, Cohort, make_phantom_cohort, write_cohort
-from sahlora.evaluation import dice
-from sahlora.files import load_tensors, read_json
-from sahlora.folds import Fold, inner_split, kfold
-from sahlora.slices import open_store
-from sahlora.strategies import Strategy, inert_magnitudes, moving, prepare, recompute_norms
-from sahlora.training import (Training, load_network, predict, predict_volume, pretrain, save_network, set_training_mode, train,
+from sahlora.cohorts.cohort import Case, Cohort, make_phantom_cohort, write_cohort
+from sahlora.evaluation.scores import dice
+from sahlora.common.files import load_tensors, read_json
+from sahlora.cohorts.folds import Fold, inner_split, kfold
+from sahlora.cohorts.slices import open_store
+from sahlora.training.strategies import Strategy, inert_magnitudes, moving, prepare, recompute_norms
+from sahlora.training.loop import (Training, load_network, predict, predict_volume, pretrain, save_network, set_training_mode, train,
                               weights_hash)
-from sahlora.transfer import collapse, cross_validate
+from sahlora.training.transfer import collapse, cross_validate
 from sahlora.unet import MultiViewUnet, Unet
 
 SHORT = {"steps": 6, "batch_size": 4}
@@ -270,7 +270,7 @@ def test_a_learning_rate_is_chosen_without_the_test_patients(made, tmp_path):
 
 def test_a_candidate_that_explodes_is_out_and_all_of_them_are_an_error(made, tmp_path, monkeypatch):
     base, cohort = made
-    import sahlora.transfer as transfer
+    import sahlora.training.transfer as transfer
 
     real = transfer.train_patients
 
@@ -323,7 +323,7 @@ def test_training_patients_without_blood_stop_a_run(made, tmp_path):
 def test_a_place_that_can_not_be_written_is_found_before_any_work(made, tmp_path, monkeypatch):
     base, cohort = made
     (tmp_path / "file").write_text("x")
-    monkeypatch.setattr("sahlora.transfer.train_patients", lambda *a, **b: pytest.fail("trained before it looked"))
+    monkeypatch.setattr("sahlora.training.transfer.train_patients", lambda *a, **b: pytest.fail("trained before it looked"))
     with pytest.raises(OSError):
         cross_validate(base, cohort, Strategy("decoding", **SHORT), kfold(cohort.patients, 2), tmp_path / "file/run", quiet=True)
 
@@ -332,7 +332,7 @@ def test_a_full_disk_loses_nothing_that_was_done(made, tmp_path, monkeypatch):
     base, cohort = made
     folds, strategy = kfold(cohort.patients, 2), Strategy("cp-lora", **SHORT)
     whole = cross_validate(base, cohort, strategy, folds, tmp_path / "whole", quiet=True)
-    import sahlora.transfer as transfer
+    import sahlora.training.transfer as transfer
 
     real, calls = transfer.write_csv, []
 
@@ -357,7 +357,7 @@ def test_killed_while_the_folds_are_cleared_away(made, tmp_path, monkeypatch):
     base, cohort = made
     strategy, folds = Strategy("cp-lora", **SHORT), kfold(cohort.patients, 2)
     cross_validate(base, cohort, strategy, folds, tmp_path / "whole", quiet=True)
-    import sahlora.files as files
+    import sahlora.common.files as files
 
     def killed(folder, **_):
         for path in sorted(Path(folder).rglob("facts.json")):
@@ -389,10 +389,10 @@ def test_an_unfinished_run_is_not_taken_for_another(made, tmp_path):
 
 RUN = """
 import sys, torch
-from sahlora.cohort import Cohort
-from sahlora.folds import kfold
-from sahlora.strategies import Strategy
-from sahlora.transfer import cross_validate
+from sahlora.cohorts.cohort import Cohort
+from sahlora.cohorts.folds import kfold
+from sahlora.training.strategies import Strategy
+from sahlora.training.transfer import cross_validate
 torch.set_num_threads(1)
 base, folder, out, workers = sys.argv[1:]
 cohort = Cohort.read(folder)

@@ -22,7 +22,7 @@ def test_types_agree(project, tmp_path):
 
 @pytest.mark.parametrize("line, code", [("x: int = 'text'", "assignment"), ("math.square(2)", "attr-defined"), ("read_json()", "call-arg")])
 def test_the_type_check_finds_a_mistake(project, tmp_path, line, code):
-    (tmp_path / "wrong.py").write_text(f"import math\nfrom sahlora.files import read_json\n{line}\n")
+    (tmp_path / "wrong.py").write_text(f"import math\nfrom sahlora.common.files import read_json\n{line}\n")
     done = run("mypy", "--config-file", "pyproject.toml", "--cache-dir", str(tmp_path), str(tmp_path / "wrong.py"), cwd=project)
     assert done.returncode == 1 and f"[{code}]" in done.stdout, done.stdout
 

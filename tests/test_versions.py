@@ -5,16 +5,16 @@ from pathlib import Path
 import pytest
 
 from sahlora.adapters import adapted_layers, load_adapter
-from sahlora.checkpoint import Checkpoint, find_checkpoint
-from sahlora.checks import check_cohort
-from sahlora.cohort import Cohort, make_phantom_cohort
-from sahlora.files import load_tensors
-from sahlora.folds import kfold
+from sahlora.training.checkpoint import Checkpoint, find_checkpoint
+from sahlora.cohorts.checks import check_cohort
+from sahlora.cohorts.cohort import Cohort, make_phantom_cohort
+from sahlora.common.files import load_tensors
+from sahlora.cohorts.folds import kfold
 from sahlora.prediction import load_model, predict_cases, predict_scan
-from sahlora.strategies import Strategy
-from sahlora.study import expand_runs, read_study
-from sahlora.training import load_network, pretrain
-from sahlora.transfer import cross_validate, load_run
+from sahlora.training.strategies import Strategy
+from sahlora.study.schema import expand_runs, read_study
+from sahlora.training.loop import load_network, pretrain
+from sahlora.training.transfer import cross_validate, load_run
 
 OLD = Path(__file__).parent / "files_0_1_0"
 
