@@ -24,7 +24,7 @@ from adapters import gpu, processor, shown, table, write
 from sahlora.cohorts.cohort import Cohort, make_phantom_cohort
 from sahlora.common.hardware import choose_device, choose_precision, keep_memory
 from sahlora.cohorts.slices import open_store
-from sahlora.training.strategies import Strategy, how_to_train, prepare
+from sahlora.training.transfer import Strategy, how_to_train, prepare
 from sahlora.training.loop import train
 from sahlora.unet import MultiViewUnet
 

@@ -34,9 +34,8 @@ from sahlora.cohorts.cohort import Cohort, make_phantom_cohort
 from sahlora.cohorts.folds import Fold
 from sahlora.common.hardware import choose_device, choose_precision, keep_memory
 from sahlora.cohorts.slices import SliceStore, open_store
-from sahlora.training.strategies import Strategy, how_to_train, prepare
+from sahlora.training.transfer import Strategy, cross_validate, how_to_train, prepare
 from sahlora.training.loop import pretrain, train
-from sahlora.training.transfer import cross_validate
 from sahlora.unet import MultiViewUnet
 
 ADAPTERS = ("lora-c", "convlora", "cp-lora", "dora-c", "convdora", "cp-dora")

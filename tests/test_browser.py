@@ -122,7 +122,7 @@ def test_a_notebook_runs_in_jupyterlab_and_its_figures_are_seen(browser, lab, co
 
 def test_the_slice_viewer_moves(browser, lab, copy):
     "The slider's arrow key shows the next slice, drawn by the kernel."
-    cells = ["from sahlora.ct import HeadCT\nfrom sahlora.phantom import make_case\nfrom sahlora.prediction.viewer import view",
+    cells = ["from sahlora.ct import HeadCT\nfrom sahlora.phantom import make_case\nfrom sahlora.prediction import view",
              "case = make_case('asah', 0, 0)\nview(HeadCT(case.hu, case.affine, 'phantom'), case.blood >= 0.5)"]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}  # else JupyterLab asks
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells], metadata=kernel)

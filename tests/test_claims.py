@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sahlora.evaluation.scores import claims as ledger
+from sahlora.evaluation import claims as ledger
 from sahlora.evaluation.statistics import compare, equivalence, paired, spearman
 from sahlora.evaluation.claims import (CLAIMS, REVISION, UNDER_REVISION, VERDICTS, Claim, Plan, claim_1, claim_2, claim_3, claim_4, claim_5, comparable,
                             count_parameters, decide, detail, equal_parameter_pairs, equal_rank_pairs, gather,

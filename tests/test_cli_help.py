@@ -19,7 +19,7 @@ from sahlora import cli
 from sahlora.adapters import METHODS
 from sahlora.common.hardware import DEVICES, PRECISIONS
 from sahlora.cohorts.layouts import LAYOUTS
-from sahlora.training.strategies import strategy_words
+from sahlora.training.transfer import strategy_words
 from sahlora.unet import NETWORKS
 
 ESCAPE = "\x1b["
@@ -227,6 +227,6 @@ def test_a_study_outside_a_checkout_says_so(tmp_path, monkeypatch):
         said = run("study", word, "smoke.yaml")
         assert said.exit_code == 2 and "in a checkout of the project" in said.output
     monkeypatch.undo()
-    monkeypatch.setattr("sahlora.cli.commands.find_spec", lambda name: None)
+    monkeypatch.setattr("sahlora.cli.find_spec", lambda name: None)
     said = run("study", "plan", "paper/studies/smoke.yaml")
     assert said.exit_code == 2 and "psutil, snakemake, papermill missing" in said.output

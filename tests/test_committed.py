@@ -3,11 +3,11 @@ import json
 
 import pytest
 
-from sahlora.report.page import page as report
-from sahlora.report.page import results
-from sahlora.study.schema import schema as study
+from sahlora.report import page as report
+from sahlora.report import results
+from sahlora.study import schema as study
 from sahlora.evaluation.claims import REVISION
-from sahlora.common.outputs import RECORD
+from sahlora.common.files import RECORD
 
 
 @pytest.fixture(scope="module")

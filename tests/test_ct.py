@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from sahlora.ct import HeadCT, read_ct, read_nifti, write_like, write_nifti
-from sahlora.ct.check import is_hidden, some_of, visible
-from sahlora.ct.core import angle_degrees, even_stacks, find_gaps, from_lps, owned_mm, slice_normal, to_lps
+from sahlora.ct.core import (angle_degrees, even_stacks, find_gaps, from_lps, is_hidden, owned_mm,
+                             slice_normal, some_of, to_lps, visible)
 from sahlora.common.files import plain_words
 
 SHAPE = (40, 44, 9)

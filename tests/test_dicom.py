@@ -22,7 +22,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-import sahlora.ct.series
+import sahlora.ct.dicom
 from sahlora.ct import read_ct
 from sahlora.ct.dicom import FINDINGS, find_holes, list_series, read_dicom, write_seg
 

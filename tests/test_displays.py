@@ -14,17 +14,16 @@ import pytest
 from PIL import Image
 
 from sahlora.common import display
-from sahlora.prediction import viewer
+from sahlora import prediction as viewer
+from sahlora.prediction import Prediction, contact_sheet, slice_picture, slider, view
 from sahlora.adapters import adapt
 from sahlora.cohorts.cohort import Cohort, cohort_html, make_phantom_cohort
 from sahlora.ct import HeadCT
 from sahlora.common.style import MASK, PREDICTION
 from sahlora.phantom import make_case
-from sahlora.prediction import Prediction
 from sahlora.study.experiment import project_path
 from sahlora.study.schema import expand_runs, read_study
 from sahlora.unet import MultiViewUnet
-from sahlora.prediction.viewer import contact_sheet, slice_picture, slider, view
 
 PNG = re.compile(r'src="data:image/png;base64,([^"]+)"')
 

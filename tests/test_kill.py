@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from sahlora.study.batch import MARK, end_leftovers, leftovers, make_batch, pending
-from sahlora.common.outputs import LOCK, owner
+from sahlora.common.files import LOCK, owner
 
 TINY = {"source": {"cases": 3, "grid": [32, 48]}, "target": {"cases": 3, "grid": [32, 48]}, "networks": {},
         "pretrain": {"steps": 120, "batch_size": 4}, "finetune": {"steps": 40, "batch_size": 4},
@@ -175,13 +175,13 @@ def test_nothing_is_reported_when_nothing_is_whole(project, tmp_path):
 
 
 WRITER = """import sys, time
-from sahlora.common.outputs import sole_writer
+from sahlora.common.files import sole_writer
 with sole_writer(sys.argv[1]):
     print("in", flush=True)
     time.sleep(float(sys.argv[2]))
 """
 COUNTER = """import pathlib, random, sys, time
-from sahlora.common.outputs import sole_writer
+from sahlora.common.files import sole_writer
 file = pathlib.Path(sys.argv[1], "count")
 for _ in range(30):
     with sole_writer(sys.argv[1]):

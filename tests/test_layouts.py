@@ -12,7 +12,7 @@ from PIL import Image
 from sahlora.cohorts.checks import check_cohort
 from sahlora.cohorts.cohort import Cohort, make_phantom_cohort, to_hu
 from sahlora.ct import read_nifti
-from sahlora.ct.check import some_of
+from sahlora.ct.core import some_of
 from sahlora.cohorts.layouts import (BLOOD, KINDS, LAYOUTS, blood_mask, combine_raters, import_cohort,
                              import_ct_ich, layout_help, parse_labels, read_patients, which_blood)
 

@@ -11,17 +11,16 @@ import pandas as pd
 import pytest
 
 from sahlora.common import files
-from sahlora.common import outputs
 from sahlora.cohorts.cohort import Cohort, make_phantom_cohort
-from sahlora.common.files import PART, atomic_path, remove_leftovers, temporary_name, write_json
+from sahlora.common.files import (LOCK, PART, RECORD, atomic_path, check_recorded, output_folder,
+                                  owner, read_record, remove_leftovers, sole_writer,
+                                  temporary_name, write_json)
 from sahlora.cohorts.folds import kfold
-from sahlora.common.outputs import LOCK, RECORD, check_recorded, output_folder, owner, read_record, sole_writer
-from sahlora.training.strategies import Strategy
+from sahlora.training.transfer import Strategy, cross_validate, load_examples, load_run
 from sahlora.training.loop import pretrain
-from sahlora.training.transfer import cross_validate, load_examples, load_run
 
 WRITER = """import sys
-from sahlora.common.outputs import sole_writer
+from sahlora.common.files import sole_writer
 with sole_writer(sys.argv[1]):
     print("in", flush=True)
     sys.stdin.readline()
@@ -232,7 +231,7 @@ def test_a_damaged_record_is_named(tmp_path, text):
 
 def test_two_versions_do_not_mix(tmp_path, monkeypatch):
     write(tmp_path, 1)
-    monkeypatch.setattr(outputs, "package_version", lambda name: "9.9")
+    monkeypatch.setattr(files, "package_version", lambda name: "9.9")
     with pytest.raises(ValueError, match="sahlora was .*, is '9.9'"):
         write(tmp_path, 1)
 

@@ -12,7 +12,7 @@ import pytest
 from scipy import ndimage
 
 from sahlora import phantom
-from sahlora.phantom import aneurysm, lattice, skull, trauma
+from sahlora.phantom import anatomy, bleeding, lattice
 
 GRID = (64, 80)
 SEED = 11
@@ -106,7 +106,7 @@ def test_a_case_key_follows_the_code(tmp_path, monkeypatch) -> None:
         shutil.copy(path, tmp_path)
     monkeypatch.setattr(phantom.inspect, "getfile", lambda _: str(tmp_path / source.name))
     assert phantom.case_key("tbi", 1, 2) == before
-    (tmp_path / "skull.py").write_text((tmp_path / "skull.py").read_text() + "\n# touched\n")
+    (tmp_path / "anatomy.py").write_text((tmp_path / "anatomy.py").read_text() + "\n# touched\n")
     assert phantom.case_key("tbi", 1, 2) != before
 
 
@@ -246,28 +246,28 @@ def test_target_blood_is_denser_near_its_source(built) -> None:
     assert np.mean(slopes) > 1 and np.mean(np.array(slopes) > 0) >= 0.8
 
 
-def inside_of(kind: str, index: int) -> tuple[trauma.Inside, lattice.Frame]:
+def inside_of(kind: str, index: int) -> tuple[bleeding.Inside, lattice.Frame]:
     "The packed inside of a patient's skull with all fields, no blood yet."
-    from sahlora.phantom.scanner import paint_inside
+    from sahlora.phantom import paint_inside
 
     who, at = lattice.draw_patient(kind, SEED, index), lattice.frame(12.0)
     p = lattice.head_points(at, who, lattice.stream(kind, SEED, index, "warp"))
-    d, noise = skull.cavity(p), lattice.noise_fields(at, kind, SEED, index)
-    inside = trauma.pack(p, d, noise)
-    canvas = skull.Canvas(np.zeros(len(inside.d), np.float32), np.zeros(len(inside.d), np.uint8))
+    d, noise = anatomy.cavity(p), lattice.noise_fields(at, kind, SEED, index)
+    inside = bleeding.pack(p, d, noise)
+    canvas = anatomy.Canvas(np.zeros(len(inside.d), np.float32), np.zeros(len(inside.d), np.uint8))
     return paint_inside(canvas, inside, kind, SEED, index, who)[0], at
 
 
 @pytest.fixture(scope="module")
-def patient() -> trauma.Inside:
+def patient() -> bleeding.Inside:
     return inside_of("tbi", 1)[0]
 
 
 @pytest.mark.parametrize("ml", [8.0, 30.0, 100.0])
 @pytest.mark.parametrize("site", [(61, 25, 25), (61, -15, 12), (45, -52, 25), (-60, 40, 30)])
 def test_epidurals_stop_at_sutures(patient, site, ml) -> None:
-    lesion = trauma.Lesion("epidural", ml, 1 if site[0] > 0 else -1, site, 58.0)
-    within = trauma.lesion_depth(patient, lesion) > 0
+    lesion = bleeding.Lesion("epidural", ml, 1 if site[0] > 0 else -1, site, 58.0)
+    within = bleeding.lesion_depth(patient, lesion) > 0
     assert 0.9 * min(ml, 80) < within.sum() * phantom.FINE_ML < 1.05 * ml  # before the coronal suture is room for 80
     for name, plane in phantom.sutures(patient.p).items():
         sides = np.sign(plane[within])
@@ -278,21 +278,21 @@ def test_epidurals_stop_at_sutures(patient, site, ml) -> None:
 @pytest.mark.parametrize("along", ["", "falx", "tentorium"])
 @pytest.mark.parametrize("side", [-1, 1])
 def test_subdurals_cross_sutures_and_never_the_falx(patient, along: str, side: int) -> None:
-    lesion = trauma.Lesion("subdural", 60.0, side, (side * 60, 5, 30), 52.0, along)
-    within = trauma.lesion_depth(patient, lesion) > 0
+    lesion = bleeding.Lesion("subdural", 60.0, side, (side * 60, 5, 30), 52.0, along)
+    within = bleeding.lesion_depth(patient, lesion) > 0
     assert np.mean(side * patient.fields["mid"][within] > 0) > 0.998
     coronal = phantom.sutures(patient.p)["coronal"][within]
     assert coronal.min() < -5 and coronal.max() > 5
     near = {"falx": np.abs(patient.fields["mid"]), "tentorium": np.abs(patient.fields["height"])}
     if along:
-        plain = trauma.lesion_depth(patient, trauma.Lesion("subdural", 60.0, side, (side * 60, 5, 30), 52.0)) > 0
+        plain = bleeding.lesion_depth(patient, bleeding.Lesion("subdural", 60.0, side, (side * 60, 5, 30), 52.0)) > 0
         deep = patient.d > 25
         assert (within & deep & (near[along] < 6)).sum() > 20 * max((plain & deep & (near[along] < 6)).sum(), 5)
 
 
 def test_contusions_are_irregular(patient) -> None:
     spots = (((0.9, 1.0, 0.5), 0.7), ((-0.5, 1.6, 0.8), 0.5))
-    within = trauma.lesion_depth(patient, trauma.Lesion("contusion", 20.0, 1, (24, -46, 12), 54.0, "", spots)) > 0
+    within = bleeding.lesion_depth(patient, bleeding.Lesion("contusion", 20.0, 1, (24, -46, 12), 54.0, "", spots)) > 0
     full = patient.spread(within, False)
     surface = full & ~ndimage.binary_erosion(full)
     ball = (3 * 20000 / (4 * np.pi)) ** (1 / 3)
@@ -302,16 +302,16 @@ def test_contusions_are_irregular(patient) -> None:
 
 
 def test_traumatic_subarachnoid_blood_is_near_csf_over_the_convexity(patient) -> None:
-    within = trauma.lesion_depth(patient, trauma.Lesion("subarachnoid", 6.0, 1, (45, 10, 42), 54.0)) > 0
+    within = bleeding.lesion_depth(patient, bleeding.Lesion("subarachnoid", 6.0, 1, (45, 10, 42), 54.0)) > 0
     assert np.mean(patient.fields["csf"][within] > -2.5) > 0.95 and np.median(patient.d[within]) < 20
     assert (patient.fields["height"][within] > 0).all()
 
 
 def test_ventricular_blood_stands_with_a_level_at_the_back() -> None:
     inside, at = inside_of("asah", 1)
-    here = aneurysm.with_level(inside, at)
-    size = trauma.grow_size(aneurysm.settle, here, 6.0, 0.0, 120.0)
-    blood = aneurysm.settle(here, size) > 0
+    here = bleeding.with_level(inside, at)
+    size = bleeding.grow_size(bleeding.settle, here, 6.0, 0.0, 120.0)
+    blood = bleeding.settle(here, size) > 0
     low, wet = here.fields["below"], here.fields["ventricle"] > 0.5
     assert low[blood].min() >= -size and (low[wet & ~blood] < -size).all()  # all below the level, none left out
     assert np.median(low[blood]) > np.median(low[wet]) + 8
@@ -321,7 +321,7 @@ def test_ventricular_blood_stands_with_a_level_at_the_back() -> None:
 
 
 def test_hydrocephalus_swells_ventricles_and_temporal_horns() -> None:
-    from sahlora.phantom.brain import ventricles
+    from sahlora.phantom.anatomy import ventricles
 
     p = tuple(np.meshgrid(np.arange(-60, 61, 2.0), np.arange(-60, 90, 2.0), np.arange(-30, 60, 2.0), indexing="ij"))
     normal, swollen = (ventricles(p, 1.0, h) > 0 for h in (0.0, 1.0))
@@ -439,14 +439,14 @@ def test_what_is_painted_is_the_literatures() -> None:
 
 
 def test_scalp_swells_under_the_blow_only_in_trauma() -> None:
-    blows = [trauma.draw_blow(SEED, k, phantom.plan_trauma(SEED, k)) for k in range(60)]
+    blows = [bleeding.draw_blow(SEED, k, phantom.plan_trauma(SEED, k)) for k in range(60)]
     assert 0.4 < np.mean([blow is not None for blow in blows]) < 0.8
     index, (site, most) = next((k, b) for k, b in enumerate(blows) if b and phantom.plan_trauma(SEED, k))
     who = lattice.draw_patient("tbi", SEED, index)
     at = lattice.frame(0.0)
     p = lattice.head_points(at, who, lattice.stream("tbi", SEED, index, "warp"))
-    d, noise = skull.cavity(p), lattice.noise_fields(at, "tbi", SEED, index)
-    plain, hit = (skull.paint_outside(at, p, d, who, noise, blow) for blow in (None, (site, most)))
+    d, noise = anatomy.cavity(p), lattice.noise_fields(at, "tbi", SEED, index)
+    plain, hit = (anatomy.paint_outside(at, p, d, who, noise, blow) for blow in (None, (site, most)))
     grown = (plain.hu < -500) & (hit.hu > -300)
     assert grown.sum() * phantom.FINE_ML > 0.5 and lattice.distance(p, site)[grown].max() < 80
     assert np.allclose(plain.hu[d > 0], hit.hu[d > 0], atol=0.01)  # nothing changes inside the skull

@@ -24,8 +24,8 @@ from sahlora.ct import HeadCT, read_ct, write_like, write_nifti
 from sahlora.common.files import read_json
 from sahlora.prediction.models import find_weights
 from sahlora.phantom import make_case
-from sahlora.prediction import InputSpec, Prediction, find_cases, load_model, overlay_sheet, predict_cases, predict_scan
-from sahlora.prediction import cases as cases_module
+from sahlora.prediction import (InputSpec, Prediction, cases as cases_module, find_cases,
+                                load_model, overlay_sheet, predict_cases, predict_scan)
 from sahlora.prediction.cases import CASE_COLUMNS, whole_folder
 from sahlora.prediction.scan import (choose_device, choose_precision, default_batch, fast_copy,
                                      network_grid, pick_slices)
@@ -1305,7 +1305,7 @@ def test_a_record_that_names_files_elsewhere_is_refused(scans, model, tmp_path, 
 
 
 def test_weights_that_are_not_their_runs_are_refused(scans, net, tmp_path):
-    from sahlora.common.outputs import output_folder
+    from sahlora.common.files import output_folder
 
     with output_folder(tmp_path / "run", "pretrain", {"seed": 1}, ["model.safetensors"]):
         save_network(tmp_path / "run/model.safetensors", net)

@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from sahlora.report.page import page as report
-from sahlora.report.page import results
+from sahlora.report import page as report
+from sahlora.report import results
 from sahlora.cohorts.cohort import Cohort, make_phantom_cohort
 from sahlora.common.display import plain_text
 from sahlora.common.files import file_hash

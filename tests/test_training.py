@@ -17,12 +17,12 @@ from monai.losses import DiceCELoss, DiceLoss
 
 from sahlora.cohorts import slices
 from sahlora.adapters import adapt
-from sahlora.cohorts.augmentation import NO_AUGMENTATION, Augmentation, augment, bend, bend_mask, displacement, sample_generator, smooth
+from sahlora.cohorts.slices import (NO_AUGMENTATION, Augmentation, BalancedBatches, augment, bend,
+                                    bend_mask, displacement, open_store, pack, sample_generator,
+                                    smooth, unpack)
 from sahlora.training.checkpoint import Checkpoint, find_checkpoint
 from sahlora.cohorts.cohort import Case, Cohort, make_phantom_cohort, write_cohort
-from sahlora.common.files import load_tensors, save_tensors
-from sahlora.common.outputs import differences
-from sahlora.cohorts.slices import BalancedBatches, open_store, pack, unpack
+from sahlora.common.files import differences, load_tensors, save_tensors
 from sahlora.training.loop import (Training, _averaged, batch_dice, batch_loss, ct_to_images, dice_of_rows, load_network,
                                    make_training, pad_to_multiple, predict, pretrain, save_network, train, training_facts, weights_hash)
 from sahlora.unet import NETWORKS, MultiViewUnet, Unet

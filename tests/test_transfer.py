@@ -22,10 +22,10 @@ from sahlora.evaluation.scores import dice
 from sahlora.common.files import load_tensors, read_json
 from sahlora.cohorts.folds import Fold, inner_split, kfold
 from sahlora.cohorts.slices import open_store
-from sahlora.training.strategies import Strategy, inert_magnitudes, moving, prepare, recompute_norms
+from sahlora.training.transfer import (Strategy, collapse, cross_validate, inert_magnitudes,
+                                       moving, prepare, recompute_norms)
 from sahlora.training.loop import (Training, load_network, predict, predict_volume, pretrain, save_network, set_training_mode, train,
                               weights_hash)
-from sahlora.training.transfer import collapse, cross_validate
 from sahlora.unet import MultiViewUnet, Unet
 
 SHORT = {"steps": 6, "batch_size": 4}
@@ -391,8 +391,7 @@ RUN = """
 import sys, torch
 from sahlora.cohorts.cohort import Cohort
 from sahlora.cohorts.folds import kfold
-from sahlora.training.strategies import Strategy
-from sahlora.training.transfer import cross_validate
+from sahlora.training.transfer import Strategy, cross_validate
 torch.set_num_threads(1)
 base, folder, out, workers = sys.argv[1:]
 cohort = Cohort.read(folder)

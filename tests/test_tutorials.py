@@ -97,7 +97,7 @@ def ask(code, methods="", cwd=None):
 def test_a_method_of_ones_own_reaches_other_processes(tmp_path):
     (tmp_path / "row.py").write_text(METHOD)
     code = ("import os, subprocess, sys; from sahlora.adapters import METHODS; print(*METHODS); os.chdir('/')\n"
-            "print(subprocess.run([sys.executable, '-c', 'from sahlora.training.strategies import strategy_words; print(*strategy_words())'], "
+            "print(subprocess.run([sys.executable, '-c', 'from sahlora.training.transfer import strategy_words; print(*strategy_words())'], "
             "capture_output=True, text=True, check=True).stdout)")
     done = ask(code, "row.py", tmp_path)
     assert done.returncode == 0, done.stderr

@@ -11,10 +11,9 @@ from sahlora.cohorts.cohort import Cohort, make_phantom_cohort
 from sahlora.common.files import load_tensors
 from sahlora.cohorts.folds import kfold
 from sahlora.prediction import load_model, predict_cases, predict_scan
-from sahlora.training.strategies import Strategy
+from sahlora.training.transfer import Strategy, cross_validate, load_run
 from sahlora.study.schema import expand_runs, read_study
 from sahlora.training.loop import load_network, pretrain
-from sahlora.training.transfer import cross_validate, load_run
 
 OLD = Path(__file__).parent / "files_0_1_0"
 

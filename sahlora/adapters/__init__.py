@@ -19,8 +19,7 @@ from .core import METHODS, Delta, Wrapper, delta_weight, effective_weight, regis
 from .network import (activate, active_adapter, adapt, adapted_layers, adapters,
                                       deactivate, disabled, is_merged, merge, merged_copy, remove,
                                       summary, unmerge)
-from .lora_c import lora_c_delta
-from .convlora import convlora_delta
+from .lora import convlora_delta, lora_c_delta
 from .cp_lora import cp_delta
 from .dora import dora_weight
 from .files import (compress, from_peft, load_adapter, read_adapter, save_adapter,

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .folds import check_disjoint, check_voxels, kfold, read_folds
 from .cohort import Cohort, check_binary, check_grid, to_hu, voxel_hash, window_of
 from ..ct import read_nifti
-from ..ct.check import check_hu, check_placed, some_of, visible
+from ..ct.core import check_hu, check_placed, some_of, visible
 from ..ct.nifti import Nifti
 from ..common.files import file_hash, plain_words
 

@@ -32,11 +32,11 @@ import numpy as np
 import pandas as pd
 
 from ..ct import HeadCT, read_nifti, write_nifti
-from ..ct.check import check_hu, check_placed, is_hidden, some_of
+from ..ct.core import check_hu, check_placed, is_hidden, some_of
 from ..ct.nifti import Nifti
 from ..common.display import MASK_COLOR, beside, facts_html, grey_slice, marked, png_html, shown_mask
-from ..common.files import file_hash, object_hash, read_json, remove_folder, remove_leftovers, write_csv, write_json
-from ..common.outputs import output_folder
+from ..common.files import (file_hash, object_hash, output_folder, read_json, remove_folder,
+                                  remove_leftovers, write_csv, write_json)
 from ..phantom import case_key, check_request, make_case
 
 # %% ../../nbs/cohorts/cohort.ipynb #e267120a

@@ -19,7 +19,7 @@ import pandas as pd
 from sklearn.model_selection import KFold, StratifiedKFold
 
 from .cohort import BINS, Cohort, bin_counts, volume_bin
-from ..ct.check import some_of
+from ..ct.core import some_of
 from ..common.files import read_json, write_json
 
 # %% ../../nbs/cohorts/folds.ipynb #74c2ff66

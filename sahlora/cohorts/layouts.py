@@ -26,11 +26,10 @@ from .checks import attempt, find_duplicates, grouped, mask_notes, placed_notes
 from .cohort import (Case, Cohort, case_files, check_grid, check_name, compact, read_table,
                             write_case, write_cohort, write_rows)
 from ..ct import read_nifti
-from ..ct.check import check_hu, check_placed, some_of, visible
+from ..ct.core import check_hu, check_placed, some_of, visible
 from ..ct.nifti import ORIENTATIONS
-from ..common.files import file_hash, object_hash, read_json, write_json
+from ..common.files import file_hash, object_hash, output_folder, read_json, write_json
 from ..common.options import options
-from ..common.outputs import output_folder
 
 # %% ../../nbs/cohorts/layouts.ipynb #8193261d
 @dataclass(frozen=True)

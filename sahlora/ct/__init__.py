@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .check import check_hu, check_placed, is_hidden
-from .core import HeadCT, window
+from .core import HeadCT, check_hu, check_placed, is_hidden, window
 from .nifti import read_nifti, write_like, write_nifti
 
 # %% ../../nbs/ct/read.ipynb #f3550249

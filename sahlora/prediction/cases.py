@@ -28,17 +28,15 @@ from tqdm import tqdm
 from ..adapters import load_adapter, merged_copy
 from ..cohorts.cohort import Cohort, window_of
 from ..ct import HeadCT, read_ct, write_like
-from ..ct.check import is_hidden
-from ..ct.core import stack_spacing
+from ..ct.core import is_hidden, stack_spacing
 from ..common.display import plain_text
 from ..common.style import save_figure
-from sahlora.common.files import (
-    PART, atomic_folder, file_hash, load_tensors, object_hash, package_version, plain_words, printable, read_json,
-    write_csv, write_json,
-)
+from ..common.files import (PART, atomic_folder, check_recorded, differences, file_hash,
+                                  load_tensors, object_hash, package_version, plain_words,
+                                  printable, read_json, same_call, sole_writer, write_csv,
+                                  write_json)
 from ..common.hardware import choose_device, choose_precision, keep_memory, run_facts
 from ..common.options import options
-from ..common.outputs import check_recorded, differences, same_call, sole_writer
 from .scan import (CAUTION, InputSpec, Length, Prediction, ScanOptions, Window,
                                      predict_scan)
 from ..training.loop import Devices, Precisions, load_network

@@ -28,17 +28,16 @@ from ..adapters import METHODS, load_adapter, merged_copy, read_adapter, save_ad
 from ..cohorts.cohort import Cohort, make_phantom_cohort
 from ..common.display import markdown_text, plain_text, table_markdown
 from ..evaluation.scores import BINS, by_bin, surface_heading
-from ..common.files import (atomic_path, file_hash, load_tensors, object_hash, package_version,
-                           read_json, write_csv)
+from ..common.files import (atomic_path, check_recorded, file_hash, load_tensors,
+                                  object_hash, output_folder, package_version, read_json,
+                                  write_csv)
 from ..common.hardware import choose_threads
 from ..common.options import unknown_key
-from ..common.outputs import check_recorded, output_folder
 from . import CAUTION, InputSpec, load_model
 from .scan import ScanOptions
 from ..cohorts.slices import open_store
-from ..training.strategies import Strategy, how_to_train, prepare
+from ..training.transfer import Strategy, how_to_train, prepare, score_cohort
 from ..training.loop import load_network, median_pixel, pretrain, save_network, train
-from ..training.transfer import score_cohort
 
 # %% ../../nbs/prediction/models.ipynb #7f734593
 def is_synthetic(header: Mapping[str, Any]) -> bool:

@@ -33,11 +33,11 @@ from ..cohorts.cohort import Cohort, cohort_pictures, describe_cohort
 from ..common.display import plain_text, table_markdown
 from ..evaluation.scores import SCORES, summarize, surface_heading
 from ..study.experiment import project_folder, project_path
-from .pictures import best_median_worst
+from .figures import best_median_worst
 from ..common.style import label
-from ..common.files import (atomic_path, load_tensors, object_hash, read_json, save_tensors,
-                           write_csv, write_json)
-from ..common.outputs import differences, output_folder, read_record
+from ..common.files import (atomic_path, differences, load_tensors, object_hash,
+                                  output_folder, read_json, read_record, save_tensors, write_csv,
+                                  write_json)
 from ..evaluation.statistics import (bin_table, bland_altman, compare, compared, concordance, icc31,
                                 paired, patient_scores, seed_spread, smallest_difference,
                                 strategies, summary_table)

@@ -33,16 +33,14 @@ import yaml
 
 # %% ../../nbs/study/batch.ipynb #83fa0cfc
 from ..cohorts.cohort import make_phantom_cohort, scan_size
-from ..ct.check import visible
+from ..ct.core import visible
 from .experiment import project_folder, project_path
-from ..common.files import remove_leftovers
+from ..common.files import remove_leftovers, sole_writer
 from ..common.hardware import choose_device, choose_threads
-from ..common.outputs import sole_writer
 from ..cohorts.slices import open_store
-from ..training.strategies import Strategy, prepare, rates
+from ..training.transfer import Strategy, prepare, rates, score_cohort
 from .schema import Study, check_folders, expand_runs, network_of, read_study, strategy_of
 from ..training.loop import make_training, train
-from ..training.transfer import score_cohort
 from ..unet import build_network
 
 # %% ../../nbs/study/batch.ipynb #fe15985d

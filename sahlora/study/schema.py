@@ -25,7 +25,7 @@ from pydantic import (BaseModel, ConfigDict, Discriminator, Field, PositiveFloat
 from ..adapters import METHODS
 from ..evaluation.claims import Plan
 from ..cohorts.cohort import Cohort, make_phantom_cohort
-from ..ct.check import some_of
+from ..ct.core import some_of
 from ..common.display import markdown_text, table_markdown
 from ..evaluation.scores import surface_tolerance
 from .experiment import project_path
@@ -34,9 +34,9 @@ from ..cohorts.layouts import CT_ICH_HELP, import_cohort, import_ct_ich
 from ..common.options import plain_error, unknown_key
 from ..phantom import check_request
 from ..phantom.lattice import FIELD_MM
-from ..training.strategies import REGIONS, WHOLE, Strategy, prepare, strategy_words
+from ..training.transfer import (REGIONS, WHOLE, Strategy, cohort_tolerance, prepare,
+                                       strategy_words)
 from ..training.loop import make_training
-from ..training.transfer import cohort_tolerance
 from ..unet import build_network
 
 # %% ../../nbs/study/schema.ipynb #f20f9ea1

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..common.files import load_tensors, save_tensors
-from ..common.outputs import differences
+from ..common.files import differences, load_tensors, save_tensors
 
 # %% ../../nbs/training/checkpoint.ipynb #c5c28a00
 def random_state(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -30,16 +30,14 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from ..adapters.core import Part
-from ..cohorts.augmentation import Augmentation, augment
+from ..cohorts.slices import Augmentation, BalancedBatches, SliceStore, augment, open_store
 from .checkpoint import Checkpoint, resume
 from ..cohorts.cohort import Cohort, scan_size
 from ..ct import HeadCT, window
-from ..common.files import load_tensors, save_tensors, write_csv, write_json
+from ..common.files import load_tensors, output_folder, save_tensors, write_csv, write_json
 from ..cohorts.folds import inner_split
 from ..common.hardware import choose_device, choose_precision, keep_memory, machine_facts, run_facts
 from ..common.options import options
-from ..common.outputs import output_folder
-from ..cohorts.slices import BalancedBatches, SliceStore, open_store
 from ..unet import build_network
 
 # %% ../../nbs/training/loop.ipynb #ef746487
