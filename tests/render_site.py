@@ -22,9 +22,11 @@ from pygments.lexers import PythonLexer
 
 PROJECT = Path(__file__).resolve().parent.parent
 ASSETS = Path(__file__).resolve().parent / "site"
-GROUPS = {"": "Start", "0": "Files and hardware", "1": "Data", "2": "Network", "3": "Adapters", "4": "Training", "5": "Evaluation",
-          "6": "Prediction", "7": "Figures and reports", "8": "Command line", "tutorials": "Tutorials", "experiments": "Experiments"}
-ORDER = ("", "tutorials", "0", "1", "2", "3", "4", "5", "6", "7", "8", "experiments")
+# Folders of notebooks in reading order, and what they are called.
+GROUPS = {"": "Start", "tutorials": "Tutorials", "common": "Files and hardware", "ct": "One head CT", "phantom": "Phantoms", "cohorts": "Cohorts",
+          "unet": "The network", "adapters": "Adapters", "evaluation": "Evaluation", "training": "Training", "prediction": "Prediction",
+          "study": "Studies", "report": "Reports", "cli": "Command line", "experiments": "Experiments"}
+ORDER = tuple(GROUPS)
 MARK = "SAHLORA{}CELL"
 CODE = HtmlFormatter(nowrap=True)
 
@@ -62,7 +64,7 @@ class Page:
     @property
     def group(self) -> str:
         folder, _, name = self.path.rpartition("/")
-        return folder or (name[0] if name[0].isdigit() else "")
+        return folder or (name if name in GROUPS else "")
 
 
 # Notebooks

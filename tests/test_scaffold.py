@@ -1,5 +1,6 @@
 """The scaffold keeps its promises: one place for each setting, pins that agree, an export that is checked."""
 import ast
+import graphlib
 import json
 import re
 import shutil
@@ -14,6 +15,8 @@ import render_environment
 import render_readme
 from check_export import check
 from packaging.specifiers import SpecifierSet
+
+from sahlora.study.experiment import imports
 
 
 REQUIREMENTS = ("requirements", "dicom_requirements", "tensorboard_requirements", "slurm_requirements", "dev_requirements",
@@ -194,10 +197,30 @@ def test_an_unclean_notebook_is_found(pristine):
 def test_two_notebooks_never_export_one_module(project):
     "nbdev lets the second overwrite the first in silence."
     names = []
-    for path in (project / "nbs").glob("*.ipynb"):
+    for path in (project / "nbs").rglob("*.ipynb"):
         names += re.findall(r"#\| default_exp (\S+)", "\n".join(
             "".join(cell["source"]) for cell in json.loads(path.read_text())["cells"]))
-    assert len(names) == len(set(names))
+    assert len(names) == len(set(names)) > 40
+
+
+ORDER = ("common", "ct", "phantom", "cohorts", "unet", "adapters", "evaluation", "training", "prediction", "study", "report", "cli")
+
+
+def test_modules_import_from_their_own_folder_and_from_those_before_it(project):
+    "The folders are the arrows of the data; no circle, and no import inside a function that hides one."
+    graph = {}
+    for path in (project / "sahlora").rglob("*.py"):
+        name = ".".join(path.relative_to(project).with_suffix("").parts).removesuffix(".__init__")
+        if name in ("sahlora", "sahlora._modidx"):
+            continue
+        tree = ast.parse(path.read_text())
+        graph[name] = {other for other in imports(tree, name if path.name == "__init__.py" else name.rpartition(".")[0])
+                       if other.startswith("sahlora.") and other.split(".")[1] in ORDER}
+        late = {other for other in graph[name] if ORDER.index(other.split(".")[1]) > ORDER.index(name.split(".")[1])}
+        assert not late, f"{name} imports {late}"
+    modules = {name: {next(n for n in (other, other.rpartition(".")[0]) if n in graph) for other in others} - {name}
+               for name, others in graph.items()}
+    assert len(list(graphlib.TopologicalSorter(modules).static_order())) == len(graph) > 40
 
 
 def test_import_sahlora_is_light(command):

@@ -142,9 +142,9 @@ def test_search_index_finds_what_is_there(site):
 
 
 def test_a_rewritten_link_and_a_signature(tmp_path, project):
-    page = render_site.Page("tutorials/x", [nbformat.v4.new_markdown_cell("# T\n\n[u](../20_unet.ipynb#a) `adapt` $x^2$")], "T", "", None)
+    page = render_site.Page("tutorials/x", [nbformat.v4.new_markdown_cell("# T\n\n[u](../unet.ipynb#a) `adapt` $x^2$")], "T", "", None)
     body = render_site.page_body(page, tmp_path, {}, {"adapt": "api/m.html#adapt"})
-    assert 'href="../20_unet.html#a"' in body and 'href="../api/m.html#adapt"' in body and "<msup>" in body
+    assert 'href="../unet.html#a"' in body and 'href="../api/m.html#adapt"' in body and "<msup>" in body
     module = tmp_path / "m.py"
     module.write_text("__all__ = ['f', 'C']\n# %% ../nbs/9_x.ipynb #abc\ndef f(a: int, *, b: str = 'x') -> bool:\n    'Doc.'\n"
                       "# %% ../nbs/9_x.ipynb #def\nclass C:\n    'Cdoc'\n    n: int\n    def m(self, k): pass\ndef hidden(): pass\n")
@@ -155,7 +155,7 @@ def test_a_rewritten_link_and_a_signature(tmp_path, project):
 
 def test_nbdev_prepares_the_notebooks_for_quarto(project, tmp_path):
     "What nbdev-docs does before it calls Quarto; types of late imports must not stop it."
-    names = ["common/files.ipynb", "adapters/lora_c.ipynb", "study/schema.ipynb"]
+    names = ["common/files.ipynb", "adapters/lora.ipynb", "study/schema.ipynb"]
     code = ("import sys; from pathlib import Path; from nbdev.processors import FilterDefaults; from nbdev.serve_drv import main\n"
             "for name in sys.argv[2:]: main((Path('nbs') / name, Path(sys.argv[1]) / name, FilterDefaults))")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path), *names], cwd=project, capture_output=True, text=True)

@@ -5,7 +5,8 @@ import nbformat
 import pytest
 import yaml
 
-from sahlora.study.batch import make_batch
+from sahlora.study import batch
+from sahlora.study.batch import Costs, job_seconds, make_batch, plan_text, trained_parts
 from sahlora.report.results import rate_table
 from sahlora.study.experiment import check_parameters, code_hash, reached
 from sahlora.study.schema import expand_runs, make_cohort, network_of, read_study, strategy_of, training_values
@@ -241,3 +242,31 @@ def test_a_cohort_of_ones_own_is_imported_by_the_study(tmp_path):
         make_cohort({"layout": "pairs", "path": str(tmp_path / "mine")}, tmp_path / "cohort2")
     some = make_cohort({"layout": "pairs", "path": str(tmp_path / "mine"), "skip_bad": True}, tmp_path / "cohort3")
     assert some.table.case.tolist() == [cohort.table.case[0], cohort.table.case[2]]
+
+
+def test_what_a_study_costs_is_added_up(project):
+    "Each job by hand, from invented seconds: a cohort's scans, a base's steps, a run's folds of steps and scans."
+    smoke = read_study(project / "paper/studies/smoke.yaml")
+    parts = trained_parts(smoke)
+    costs = Costs(start=10.0, case=1.0, scan=2.0, peak_mib=500.0, steps={part: 0.5 for part in parts})
+    scans, folds = smoke.target.cases, smoke.folds
+    runs = {run["id"]: run for run in expand_runs(smoke)}
+    assert job_seconds(smoke, "cohorts", "", costs) == 10 + (smoke.source.cases + scans) * 1.0
+    assert job_seconds(smoke, "pretrain", "", costs) == 10 + smoke.pretrain.steps * 0.5 + 5 * 2.0
+    assert job_seconds(smoke, "finetune", "none-s0", costs) == 10 + scans * 2.0
+    assert job_seconds(smoke, "finetune", "norm-stats-s0", costs) == 10 + folds * scans * 2.0
+    assert job_seconds(smoke, "finetune", "cp-lora-r8-decoding-s0", costs) == 10 + scans * 2.0 + folds * runs["cp-lora-r8-decoding-s0"]["steps"] * 0.5
+    assert job_seconds(smoke, "pdf", "", costs) == 10
+    jobs = [("cohorts", ""), ("finetune", "none-s0"), ("finetune", "norm-stats-s0")]
+    told, cohorts, none, norms = plan_text(smoke, jobs, costs, cores=2), *(job_seconds(smoke, *job, costs) for job in jobs)
+    assert f"About {(cohorts + max(none, norms)) / 60:.1f} min on 2 cores (2 jobs at a time" in told and "3 jobs to do" in told, told
+    assert f"{(cohorts + none + norms) / 3600:.2f} core hours" in told
+
+
+def test_the_plan_of_a_study_asks_snakemake_and_this_machine(project, tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "pending", lambda asked: [("cohorts", ""), ("finetune", "none-s0")])
+    monkeypatch.setattr(batch, "measure", lambda study, slots: Costs(1.0, 1.0, 1.0, 1.0, {part: 1.0 for part in trained_parts(study)}))
+    made = make_batch(project / "paper/studies/smoke.yaml", tmp_path, cores=2)
+    assert "smoke: 2 jobs to do" in batch.plan_study(made)
+    monkeypatch.setattr(batch, "pending", lambda asked: [])
+    assert batch.plan_study(made) == "smoke: everything is done; nothing would run"

@@ -515,6 +515,36 @@ def test_killed_and_gone_on_is_the_same_to_the_last_bit(store, tmp_path):
     assert sorted(p.suffix for p in tmp_path.iterdir() if "new" in p.name or p.name.startswith(".")) == []
 
 
+class Dropping(MultiViewUnet):
+    "A network whose training draws from torch's own generator."
+
+    def forward(self, x):
+        return super().forward(torch.nn.functional.dropout(x, 0.3, self.training))
+
+
+@pytest.mark.parametrize("make, how, held_out", [
+    (Dropping, Training(steps=9, batch_size=4, precision="fp32"), None),
+    (MultiViewUnet, Training(steps=200, batch_size=6, learning_rate=0.05, patience=2, precision="fp32", augmentation=NO_AUGMENTATION), ["p2", "p3"])])
+def test_random_draws_and_early_stopping_go_on_where_they_were(store, tmp_path, monkeypatch, make, how, held_out):
+    def run(seed, **options):
+        torch.manual_seed(0)
+        net = make(levels=1)
+        torch.manual_seed(seed)
+        rows, validation = store.rows(["p0", "p1", "p4"]), None if held_out is None else store.rows(held_out)
+        return train(net, store, rows, how, validation=validation, quiet=True, **options), weights_hash(net)
+
+    whole, hashed = run(seed=5)
+    checkpoint = Checkpoint(tmp_path / "run.safetensors", {})
+    with monkeypatch.context() as stopped:
+        stopped.setattr("sahlora.training.loop._check_loss", lambda loss, k, *_: k == len(whole) - 2 and 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(seed=5, checkpoint=checkpoint, every=1)
+    assert find_checkpoint(checkpoint)[1]["step"] == len(whole) - 2
+    again, same = run(seed=6, checkpoint=checkpoint, every=1)
+    pd.testing.assert_frame_equal(again, whole, check_exact=True)
+    assert same == hashed and (held_out or run(seed=6)[1] != hashed)
+
+
 @pytest.mark.slow
 def test_killed_at_20_random_moments(store, tmp_path):
     whole = run_killed(store, tmp_path / "run0", kills=0)
