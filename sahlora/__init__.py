@@ -21,7 +21,7 @@ def __getattr__(name: str) -> object:
         return getattr(import_module(f"sahlora.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'sahlora' has no attribute {name!r}; it has {', '.join(sorted(_LAZY))}")
 
-
+# %% ../nbs/package.ipynb #7fec411d
 def __dir__() -> list[str]:
     "Names that tab completion offers."
     return sorted({*globals(), *_LAZY, "__version__"} - {"import_module"})

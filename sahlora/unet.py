@@ -39,7 +39,7 @@ class ConvUnit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.norm(self.conv(x)), inplace=True)  # the norm's backward needs its input alone
 
-
+# %% ../nbs/unet.ipynb #40c984fd
 class M1(nn.Sequential):
     """Two units: (N, in, H, W) -> (N, out, H, W); 32 channels out in the multi-view Unet."""
 
@@ -48,7 +48,7 @@ class M1(nn.Sequential):
         self.unit1 = ConvUnit(in_channels, out_channels)
         self.unit2 = ConvUnit(out_channels, out_channels)
 
-
+# %% ../nbs/unet.ipynb #26b603b3
 class M3(M1):
     """Two units and a 1x1 convolution to logits: (N, in, H, W) -> (N, 1, H, W)."""
 
@@ -81,7 +81,7 @@ class Down(nn.Module):
     def forward(self, d: Tensor) -> tuple[Tensor, Tensor]:
         return F.max_pool2d(self.m1(d), 2), self.m2(d)
 
-
+# %% ../nbs/unet.ipynb #5d495120
 class Up(nn.Module):
     """A level's way up: u (N, in, H/2, W/2) and the skip (N, 64, H, W) -> (N, 96, H, W)."""
 
@@ -204,7 +204,7 @@ class UnetUp(nn.Module):
     def forward(self, u: Tensor, skip: Tensor) -> Tensor:
         return self.block(torch.cat((self.up(u), skip), dim=1))
 
-
+# %% ../nbs/unet.ipynb #aae57ac8
 def _unet_regions(levels: int) -> dict[str, list[str]]:
     "Module names by region of the plain Unet."
     downs = [f"downs.{i}" for i in range(levels)]
@@ -255,7 +255,7 @@ def region_modules(net: nn.Module, region: str) -> list[str]:
         raise ValueError(f"region {region!r} is unknown; known regions: {known}")
     return list(regions[region])
 
-
+# %% ../nbs/unet.ipynb #4061c0b7
 def region_parameters(net: nn.Module, region: str) -> int:
     """Number of parameters that a region's modules hold. Raises: ValueError that lists the regions."""
     parameters = {p for name in region_modules(net, region) for p in net.get_submodule(name).parameters()}
@@ -299,12 +299,12 @@ def activations(net: nn.Module, x: Tensor, names: Iterable[str]) -> dict[str, tu
         net(x)
     return seen
 
-
+# %% ../nbs/unet.ipynb #f0c82e49
 def _on_meta(net: nn.Module, height: int, width: int) -> tuple[nn.Module, Tensor]:
     "A copy of the network without numbers, in eval mode, and one such slice: shapes are computed, values are not."
     return copy.deepcopy(net).to("meta").eval(), torch.empty(1, net.in_channels, height, width, device="meta")
 
-
+# %% ../nbs/unet.ipynb #8ea903ee
 def forward_flops(net: nn.Module, height: int = 512, width: int = 512) -> int:
     """Floating-point operations of one slice's forward pass: convolutions alone, a multiply-add counted as 2.
 

@@ -1,4 +1,4 @@
-"""How a notebook reads, in figures. Usage: python tests/measure_notebooks.py NOTEBOOK..., as in the table of CONTRIBUTING.md."""
+"""How notebooks read, in figures, as in the table of CONTRIBUTING.md. Usage: python tests/measure_notebooks.py NOTEBOOK_OR_FOLDER..."""
 import json
 import re
 import statistics
@@ -7,11 +7,12 @@ from pathlib import Path
 
 
 def measure(path: str | Path) -> dict[str, float]:
-    """cells; non-blank lines of a code cell, directives aside (median, longest); words of prose to a code cell; formulas; pictures; checks.
+    """Of a notebook, or of all in a folder: cells; non-blank lines of a code cell, directives aside (median, longest); words of prose to a code cell; formulas; pictures; checks.
 
     A check is an assert, or a call of fastcore's test functions.
     """
-    cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+    notebooks = sorted(Path(path).glob("*.ipynb")) if Path(path).is_dir() else [Path(path)]
+    cells = [cell for notebook in notebooks for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]]
     code, lines = [], []
     for cell in cells:
         if cell["cell_type"] == "code":

@@ -47,6 +47,6 @@ def load_methods(paths: str) -> list[Path]:
         spec.loader.exec_module(module)
     return files
 
-
+# %% ../../nbs/adapters/methods.ipynb #b1b0c557
 if os.environ.get("SAHLORA_METHODS"):  # other processes may run in other folders
     os.environ["SAHLORA_METHODS"] = os.pathsep.join(map(str, load_methods(os.environ["SAHLORA_METHODS"])))

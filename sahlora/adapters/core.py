@@ -79,7 +79,7 @@ class Wrapper:
         "The final weight from `V`, base plus update, in the shape `(O, I/groups, k...)`."
         raise NotImplementedError
 
-
+# %% ../../nbs/adapters/core.ipynb #be1d4e79
 @dataclass(frozen=True)
 class Method:
     "A delta and, for the DoRA forms, the wrapper around it."
@@ -102,7 +102,7 @@ def wrapped_name(delta: str, wrapper: str) -> str:
     "`lora-c` under `dora` is `dora-c`; a name without `lora` gets the wrapper's name behind it."
     return delta.replace("lora", wrapper) if "lora" in delta else f"{delta}-{wrapper}"
 
-
+# %% ../../nbs/adapters/core.ipynb #69f6e2d0
 def register(part: Delta | Wrapper) -> None:
     "Make a delta, or a wrapper over every delta, a method by name. Raises: ValueError if it has no name."
     if not part.name:
@@ -172,7 +172,7 @@ def check_config(config: Config) -> None:
     if config.alpha is not None and not (_is_number(config.alpha) and 0 < config.alpha < float("inf")):
         raise ValueError(f"alpha={config.alpha!r}: a positive number, or None for the rank")
 
-
+# %% ../../nbs/adapters/core.ipynb #1c57a9af
 def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
@@ -230,7 +230,7 @@ def chained(config: Config, delta: Delta, wrapper: Wrapper | None, conv: nn.Modu
     width = min(conv.in_channels, conv.out_channels)
     return possible and width >= WIDE and 4 * rank <= width and prod(conv.kernel_size) >= 9
 
-
+# %% ../../nbs/adapters/core.ipynb #d487e743
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -238,7 +238,7 @@ def pointwise(x: Tensor, W: Tensor, n: int) -> Tensor:
     "A convolution of `x`, `n`-dimensional, by the matrix `W (out, in)`: kernel 1 on every axis."
     return _CONVS[n](x, W.reshape(*W.shape, *[1] * n))
 
-
+# %% ../../nbs/adapters/core.ipynb #0d0adbb1
 def conv_like(conv: nn.Module, x: Tensor, W: Tensor, groups: int = 1) -> Tensor:
     "Convolve with `W` in the geometry of `conv`: its stride, padding, padding mode and dilation; no bias."
     padding = conv.padding
@@ -252,7 +252,7 @@ def start(adapter: Adapter) -> Adapter:
     adapter.delta.start({key: adapter._parameters[key] for key in adapter.shapes()})
     return adapter
 
-
+# %% ../../nbs/adapters/core.ipynb #88b514de
 def factors(adapter: Adapter, dropout: bool = False) -> dict[str, Tensor]:
     "Parameters by name; with `dropout`, in training, some components of the zero factor dropped."
     f: dict[str, Tensor] = dict(adapter._parameters)
@@ -268,7 +268,7 @@ def _unrounded(W: Tensor) -> AbstractContextManager:
         return nullcontext()
     return torch.autocast(W.device.type, enabled=False)
 
-
+# %% ../../nbs/adapters/core.ipynb #bd856b46
 def update(adapter: Adapter, dropout: bool = False) -> Tensor:
     "The scaled update `s * delta`, in the weight's stored layout; not rounded under autocast."
     f = factors(adapter, dropout)
@@ -276,7 +276,7 @@ def update(adapter: Adapter, dropout: bool = False) -> Tensor:
         D = adapter.delta.build(f, adapter.view, **adapter.options)
         return adapter.swap(D if adapter.scale == 1 else D * adapter.scale)
 
-
+# %% ../../nbs/adapters/core.ipynb #71ac8274
 def adapted_weight(adapter: Adapter, W: Tensor, dropout: bool = False) -> Tensor:
     "The weight that the convolution uses, from the base weight `W`; in W's dtype even under autocast."
     with _unrounded(W):
@@ -300,7 +300,7 @@ class Record:
         "The module's part of an adapter, if it has one."
         return None if name is None else self.parts.get(name)
 
-
+# %% ../../nbs/adapters/core.ipynb #35799569
 class Adapted:
     "In front of a touched module's class; pickles as (mixin, base class, state), so that generated classes travel."
 
@@ -328,7 +328,7 @@ def adapted_class(mixin: type, base: type) -> type:
         _CLASSES[mixin, base] = type(f"Adapted{base.__name__}", (mixin, base), {"__module__": __name__})
     return _CLASSES[mixin, base]
 
-
+# %% ../../nbs/adapters/core.ipynb #0e022d38
 def _blank(mixin: type, base: type) -> object:
     cls: Any = adapted_class(mixin, base)
     return cls.__new__(cls)
@@ -352,7 +352,7 @@ class _Unmerge(torch.autograd.Function):
         todo = "call unmerge(net) first, or run the network under torch.no_grad()"
         raise RuntimeError(f"the adapter is merged, training would not reach it: {todo}")
 
-
+# %% ../../nbs/adapters/core.ipynb #31e85344
 def _merged_weight(layer: nn.Module, x: Tensor) -> Tensor:
     "A merged layer's weight, as it is; but a backward pass that means to train fails with a message."
     trains = torch.is_grad_enabled() and (layer.training or not x.requires_grad)
@@ -415,7 +415,7 @@ def effective_weight(layer: nn.Module) -> Tensor:
     adapter = _adapter_of(layer)
     return layer.weight if layer._sahlora.base is not None else adapted_weight(adapter, layer.weight)
 
-
+# %% ../../nbs/adapters/core.ipynb #0690081c
 def _adapter_of(layer: nn.Module) -> Adapter:
     if not isinstance(layer, AdaptedConv) or not isinstance(layer.adapter, Adapter):
         raise ValueError(f"{type(layer).__name__} has no active adapter; take a layer from adapted_layers(net)")

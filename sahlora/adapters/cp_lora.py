@@ -21,7 +21,7 @@ def khatri_rao(*factors: Tensor) -> Tensor:
         out = (factor.unsqueeze(1) * out).flatten(0, 1)
     return out
 
-
+# %% ../../nbs/adapters/cp_lora.ipynb #5c14a044
 def cp_delta(a: Tensor, b: Tensor, *spatial: Tensor) -> Tensor:
     "`sum_p a[o,p] b[i,p] c[y,p] d[x,p]` of shape `(O, I, k...)`, from one factor `(n, r)` per axis; one product."
     sizes = (factor.shape[0] for factor in (a, b, *spatial))
@@ -59,5 +59,5 @@ class CPLoRA(Delta):
             bound = factor.shape[0] ** -0.5 * (1 if key == "b" else 3**0.5)
             nn.init.zeros_(factor) if key == self.zero else nn.init.uniform_(factor, -bound, bound)
 
-
+# %% ../../nbs/adapters/cp_lora.ipynb #d6c6f403
 register(CPLoRA())

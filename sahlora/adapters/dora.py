@@ -18,7 +18,7 @@ def filter_norm(V: Tensor) -> Tensor:
     "Euclidean norm of each output channel's filter, shape `(O,)`; summed in one order whatever the memory layout."
     return torch.linalg.vector_norm(V.flatten(1).contiguous(), dim=1)
 
-
+# %% ../../nbs/adapters/dora.ipynb #71be5815
 def dora_weight(W: Tensor, delta: Tensor | None, m: Tensor, detach_norm: bool = True) -> Tensor:
     """`(m / norm(V)) * V` per output channel with `V = W + delta`; shapes `(O, I, k...)` and `(O,)`.
 
@@ -45,5 +45,5 @@ class DoRA(Wrapper):
         "Direction from `V`, magnitude from `m`."
         return dora_weight(V, None, f["m"], detach_norm)
 
-
+# %% ../../nbs/adapters/dora.ipynb #36d5a14f
 register(DoRA())

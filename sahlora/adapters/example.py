@@ -33,7 +33,7 @@ def small_net(width: int = 16) -> nn.Sequential:
         layers += [nn.Conv2d(first, second, 3, padding="same"), nn.ReLU()]
     return nn.Sequential(*layers, nn.Conv2d(width, 1, 3, padding="same"))
 
-
+# %% ../../nbs/adapters/example.ipynb #9333f465
 def fit(net: nn.Module, target: bool, steps: int = 150, lr: float = 3e-3, seed: int = 1) -> list[float]:
     "Train what requires gradients with Adam on batches of 8; returns the loss of every step."
     adam, losses = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr), []
@@ -46,7 +46,7 @@ def fit(net: nn.Module, target: bool, steps: int = 150, lr: float = 3e-3, seed: 
         losses.append(loss.item())
     return losses
 
-
+# %% ../../nbs/adapters/example.ipynb #acb10e1a
 def dice(net: nn.Module, target: bool, seed: int = 99) -> float:
     "Dice of the thresholded output on 64 images that no training step has seen."
     x, t = images(64, target, seed=seed)
@@ -63,7 +63,7 @@ def _source_weights() -> dict[str, Tensor]:
         fit(net, target=False, steps=120)
     return net.state_dict()
 
-
+# %% ../../nbs/adapters/example.ipynb #090b7ca3
 def pretrained() -> nn.Sequential:
     "The small network, trained on the source; the same weights every time."
     net = small_net()

@@ -41,7 +41,7 @@ def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
-
+# %% ../../nbs/adapters/files.ipynb #a22777a3
 def base_hashes(net: nn.Module) -> dict[str, str]:
     """Hash of every module's own parameters and saved buffers, by module name; what adapters hold does not count.
 
@@ -70,14 +70,14 @@ def _key(path: str, tensor: str) -> str:
 def _tensors(part: Part) -> dict[str, Tensor]:
     return {**part._parameters, **part._buffers}
 
-
+# %% ../../nbs/adapters/files.ipynb #c3707587
 def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     "SHA-256 of a header (without its own checksum) and of tensors, as 64 hex digits."
     rest = {key: value for key, value in header.items() if key != "checksum"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256((text + tensor_hash(tensors)).encode()).hexdigest()
 
-
+# %% ../../nbs/adapters/files.ipynb #675102cc
 def _entry(module: nn.Module, part: Part) -> dict[str, Any]:
     "What the header says about one module's part of an adapter."
     kind = type(module).__name__.removeprefix("Adapted")
@@ -165,7 +165,7 @@ def _build(header: Mapping[str, dict], net: nn.Module, config: Config) -> dict[s
         extras[name] = trained, [key for key in modules[name]._buffers if key in entry["tensors"]]
     return parts | make_extras(net, config, extras)
 
-
+# %% ../../nbs/adapters/files.ipynb #272e515e
 def _fill(parts: Mapping[str, Part], tensors: Mapping[str, Tensor]) -> None:
     "Copy a file's tensors into new parts. Raises: ValueError for one that is missing, left over or of another shape."
     wanted = {_key(name, key): t for name, part in parts.items() for key, t in _tensors(part).items()}
@@ -206,7 +206,7 @@ def check_peft(name: str, conv: nn.Module) -> None:
         if not agrees:
             raise ValueError(f"{name!r} has {what}={getattr(conv, what)!r}: PEFT would compute another update there")
 
-
+# %% ../../nbs/adapters/files.ipynb #5032a371
 def as_convlora(name: str, adapter: Adapter) -> tuple[Tensor, Tensor]:
     "The factors B `(O, r)` and A `(r, I, k...)` of the same update. Raises: ValueError for another kind of update."
     f = {key: p.detach() for key, p in adapter.named_parameters()}
@@ -286,7 +286,7 @@ def _read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor
         layers.setdefault(found[1], {})[found[2]] = tensor
     return config, layers
 
-
+# %% ../../nbs/adapters/files.ipynb #87eec1cc
 def _pattern(patterns: Mapping[str, int] | None, name: str, default: float | None) -> float | None:
     "PEFT's exception for a layer: the first key that matches the end of its name."
     return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
@@ -348,7 +348,7 @@ def _first_guess(D: Tensor, rank: int) -> list[Tensor]:
         factors.append(torch.cat([U, more / n**0.5], dim=1))
     return factors
 
-
+# %% ../../nbs/adapters/files.ipynb #a06ec92c
 def cp_project(D: Tensor, rank: int) -> tuple[list[Tensor], float]:
     "CP factors `(n_j, rank)` near `D`, balanced in size, and the relative error. Raises: ValueError, TypeError."
     import tensorly
@@ -432,7 +432,7 @@ def _cp_config(config: Config, name: str) -> Config:
     method = wrapped_name("cp-lora", wrapper.name) if wrapper else "cp-lora"
     return replace(config, name=name, method=method, alpha=None, scaling="lora", options=options)
 
-
+# %% ../../nbs/adapters/files.ipynb #d396ad2e
 def _project(name: str, part: Adapter, rank: int) -> tuple[list[Tensor], float, float]:
     "CP factors near one layer's update, the relative error, and the update's norm. Raises: ValueError."
     D = part.swap(update(part).detach())
@@ -441,7 +441,7 @@ def _project(name: str, part: Adapter, rank: int) -> tuple[list[Tensor], float, 
     except ValueError as error:
         raise ValueError(f"{name!r}: {error}") from error
 
-
+# %% ../../nbs/adapters/files.ipynb #cdb3d9fb
 def _cp_adapter(conv: nn.Module, part: Adapter, factors: list[Tensor], config: Config) -> Adapter:
     "An adapter that holds CP factors, and under a wrapper the same parameters around them."
     adapter, values = Adapter(conv, config, factors[0].shape[1]), dict(zip("abcde", factors, strict=False))

@@ -53,7 +53,7 @@ class LoRAC(Delta):
         R = min(rows, prod(view) // rows)
         return -(-R // max(view[2:])) if rank_setting == "rk" else R
 
-
+# %% ../../nbs/adapters/lora.ipynb #970c3710
 register(LoRAC())
 
 # %% ../../nbs/adapters/lora.ipynb #a9dcf365
@@ -81,5 +81,5 @@ class ConvLoRA(Delta):
         "The two convolutions in a row."
         return pointwise(conv_like(conv, x, f["A"]), f["B"], len(conv.kernel_size))
 
-
+# %% ../../nbs/adapters/lora.ipynb #928d527c
 register(ConvLoRA())

@@ -44,7 +44,7 @@ def nearest(word: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, names, n=5, cutoff=0.4) or names[:8]
     return ", ".join(close) or "none (the network has no named modules)"
 
-
+# %% ../../nbs/adapters/network.ipynb #fa8cf9a9
 def inside(name: str, parents: Iterable[str]) -> bool:
     "Whether the module `name` is one of `parents` or lies within one; the root '' holds everything."
     return any(parent in ("", name) or name.startswith(f"{parent}.") for parent in parents)
@@ -62,7 +62,7 @@ def regions_of(net: nn.Module) -> Mapping[str, Sequence[str]]:
     regions = getattr(net, "regions", None)
     return regions if isinstance(regions, Mapping) else {}
 
-
+# %% ../../nbs/adapters/network.ipynb #abcb68b9
 def matching(net: nn.Module, pattern: str, what: str = "where") -> list[str]:
     """Names of the modules that a region, a module name or a glob stands for.
 
@@ -90,7 +90,7 @@ def convolutions(net: nn.Module) -> dict[str, nn.Module]:
         raise ValueError(f"{type(net).__name__} has no convolutions to adapt (Conv1d/2d/3d or their transposed forms)")
     return convs
 
-
+# %% ../../nbs/adapters/network.ipynb #6bff22c9
 def patterns_of(patterns: str | Sequence[str], what: str) -> list[str]:
     "One pattern or several as a list. Raises: TypeError."
     if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
@@ -121,7 +121,7 @@ def select(net: nn.Module, where: Where = None, norms: bool = False) -> tuple[di
         raise _nothing(describe(where), convs)
     return {n: m for n, m in convs.items() if n in found}, [n for named in entries.values() for n in named]
 
-
+# %% ../../nbs/adapters/network.ipynb #ed4bd92d
 def _nothing(where: str, convs: Mapping[str, nn.Module]) -> ValueError:
     return ValueError(f"where={where!r} selects no convolution; there are {', '.join(list(convs)[:8])}")
 
@@ -136,7 +136,7 @@ def select_whole(net: nn.Module, patterns: str | Sequence[str]) -> list[str]:
         found += within
     return found
 
-
+# %% ../../nbs/adapters/network.ipynb #7df4f5d7
 def describe(where: Where) -> str:
     "`where` in words, for a file's header."
     if where is None or isinstance(where, str):
@@ -176,7 +176,7 @@ def check_rank(rank: object) -> int:
         raise ValueError(f"rank={rank}: a rank is at least 1; to leave layers out, use where=")
     return int(rank)
 
-
+# %% ../../nbs/adapters/network.ipynb #2e23e13f
 def ranks(net: nn.Module, convs: Iterable[str], rank: int | Mapping[str, int]) -> dict[str, int]:
     """Rank per layer; a mapping gives it by region, module name or glob, the first that fits.
 
@@ -212,7 +212,7 @@ class Extras(Part):
         for key in buffers:
             self.register_buffer(key, owner._buffers[key].detach().clone())
 
-
+# %% ../../nbs/adapters/network.ipynb #46b287fe
 class FrozenNorm(Adapted):
     "A norm that uses its running statistics in training too, unless the active adapter holds its own."
 
@@ -223,7 +223,7 @@ class FrozenNorm(Adapted):
         held = mode and part is not None and bool(part._buffers)
         return super().train(held)  # type: ignore[misc]  # of the class behind
 
-
+# %% ../../nbs/adapters/network.ipynb #35d084f0
 def tracks(module: nn.Module) -> bool:
     "Whether a module is a norm layer with running statistics."
     return isinstance(module, _NormBase) and module.running_mean is not None
@@ -244,7 +244,7 @@ def norm_scope(net: nn.Module, named: Iterable[str]) -> set[str]:
     beside = [n for n in near if not any(inside(conv, [n]) for conv in convs)]
     return set(names_within(net, [n for n in named if n not in convs] + beside))
 
-
+# %% ../../nbs/adapters/network.ipynb #e3db0fe4
 def plan_extras(net: nn.Module, config: Config, full: Iterable[str], scope: Iterable[str]) -> dict[str, Extras]:
     "Copies of what is trained in full or follows the target, by module name. Raises: ValueError."
     wanted, full, scope = {}, set(full), set(scope)
@@ -275,7 +275,7 @@ def records(net: nn.Module) -> list[tuple[str, nn.Module, Record]]:
     "Name, module and record of everything that an adapter touched."
     return [(n, m, m.__dict__["_sahlora"]) for n, m in net.named_modules() if "_sahlora" in m.__dict__]
 
-
+# %% ../../nbs/adapters/network.ipynb #39713674
 def touched(net: nn.Module) -> list[tuple[nn.Module, Record]]:
     "The same without names, faster: for switching."
     found, seen, left = [], set(), [net]
@@ -289,12 +289,12 @@ def touched(net: nn.Module) -> list[tuple[nn.Module, Record]]:
             left.extend(reversed(state["_modules"].values()))
     return found
 
-
+# %% ../../nbs/adapters/network.ipynb #ea8662ad
 def adapters(net: nn.Module) -> list[str]:
     "Names of the adapters on `net`, in the order they were added."
     return list({name: None for _, record in touched(net) for name in record.parts})
 
-
+# %% ../../nbs/adapters/network.ipynb #42404b2d
 def active_adapter(net: nn.Module) -> str | None:
     "Name of the adapter that is on, or None. Raises: RuntimeError if parts of the network have different ones on."
     on = list({record.active: None for _, record in touched(net) if record.active is not None})
@@ -303,7 +303,7 @@ def active_adapter(net: nn.Module) -> str | None:
         raise RuntimeError(f"parts of the network have different adapters on ({', '.join(map(repr, on))}): {todo}")
     return on[0] if on else None
 
-
+# %% ../../nbs/adapters/network.ipynb #9742fcd3
 def is_merged(net: nn.Module) -> bool:
     "Whether an adapter is merged into the weights."
     return any(record.base is not None for _, record in touched(net))
@@ -321,13 +321,13 @@ def require(net: nn.Module, name: str | None = None) -> str:
         raise ValueError(f"no adapter is named {name!r}; there are {', '.join(known)}")
     return name
 
-
+# %% ../../nbs/adapters/network.ipynb #749f7918
 def refuse_merged(net: nn.Module, doing: str) -> None:
     "Raises: RuntimeError while an adapter is merged."
     if is_merged(net):
         raise RuntimeError(f"an adapter is merged into the weights: call unmerge(net) before {doing}")
 
-
+# %% ../../nbs/adapters/network.ipynb #e8c514e7
 def check_new(net: nn.Module, config: Config, doing: str) -> None:
     "Raises: ValueError, TypeError, RuntimeError where an adapter of this configuration can not be added now."
     check_config(config)
@@ -344,7 +344,7 @@ def parts_of(net: nn.Module, name: str) -> dict[str, tuple[nn.Module, Part]]:
         follow(module, part)
     return found
 
-
+# %% ../../nbs/adapters/network.ipynb #7aae1741
 def adapted_layers(net: nn.Module, name: str | None = None) -> dict[str, nn.Module]:
     """Adapted convolutions by name: those of the active adapter, or of the named one, active or not.
 
@@ -380,7 +380,7 @@ def _switch(module: nn.Module, record: Record, name: str | None) -> None:
     if isinstance(module, FrozenNorm):
         module.train(record.mode)
 
-
+# %% ../../nbs/adapters/network.ipynb #cefface5
 def follow(module: nn.Module, part: Part) -> None:
     "Bring a part to the device and dtype of its module."
     own = {**module._parameters, **module._buffers}
@@ -400,7 +400,7 @@ def activate(net: nn.Module, name: str) -> None:
     for module, record in touched(net):
         _switch(module, record, name if name in record.parts else None)
 
-
+# %% ../../nbs/adapters/network.ipynb #91e8219d
 def deactivate(net: nn.Module) -> None:
     "Switch adapters off: the network computes what its base does. Raises: RuntimeError (none there, or merged)."
     require(net, next(iter(adapters(net)), None))
@@ -422,7 +422,7 @@ def _final(module: nn.Module, part: Part, copies: dict[int, nn.Parameter]) -> di
         final[key] = copies.setdefault(id(p), nn.Parameter(p.detach().clone(), requires_grad=False))
     return final
 
-
+# %% ../../nbs/adapters/network.ipynb #1ecef9bb
 def _put(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "Replace parameters and buffers of a module by others; returns the ones they replaced."
     old = {}
@@ -431,7 +431,7 @@ def _put(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         old[key], place[key] = place[key], value
     return old
 
-
+# %% ../../nbs/adapters/network.ipynb #9f0856b4
 def _merge_in(module: nn.Module, record: Record, tensors: Mapping[str, Tensor]) -> None:
     record.base = _put(module, tensors)
     if isinstance(module, FrozenNorm):
@@ -445,7 +445,7 @@ def merge(net: nn.Module) -> None:
         raise RuntimeError("an adapter is merged already: call unmerge(net) first")
     _merge(net)
 
-
+# %% ../../nbs/adapters/network.ipynb #909f1bdb
 @torch.no_grad()
 def _merge(net: nn.Module) -> None:
     "Merge every module whose part is on and not merged yet."
@@ -464,7 +464,7 @@ def unmerge(net: nn.Module) -> None:
         if record.base is not None:
             _unmerge(module, record)
 
-
+# %% ../../nbs/adapters/network.ipynb #e0d3eb03
 def _unmerge(module: nn.Module, record: Record) -> dict[str, Tensor]:
     "One module's base tensors back in place; returns the merged ones."
     base = record.base or {}
@@ -568,7 +568,7 @@ def remove(net: nn.Module, name: str | None = None) -> None:
         if not record.parts:
             _restore(module, record)
 
-
+# %% ../../nbs/adapters/network.ipynb #d6bc5ec9
 def _restore(module: nn.Module, record: Record) -> None:
     "Make a touched module what it was: class, flags and mode, and nothing of ours left on it."
     del module.__dict__["_sahlora"]
@@ -604,7 +604,7 @@ class Row:
     share: float
     note: str = ""
 
-
+# %% ../../nbs/adapters/network.ipynb #266bfdf8
 @dataclass(frozen=True, repr=False)
 class Summary:
     "What an adapter is made of; prints as a table, in JupyterLab too."
@@ -634,7 +634,7 @@ def _cells(table: Summary) -> list[list[str]]:
     total = ["total", "", "", "", "", f"{table.parameters:,}", "", f"{table.parameters / table.network:.2%}"]
     return [head, *body, total]
 
-
+# %% ../../nbs/adapters/network.ipynb #45124cf0
 def _few(cells: list[list[str]], most: int = 24) -> list[list[str]]:
     "The rows of a long table that a page shows: the first, and how many more there are."
     if len(cells) <= most + 2:
@@ -642,7 +642,7 @@ def _few(cells: list[list[str]], most: int = 24) -> list[list[str]]:
     gone = [f"and {len(cells) - most - 1} more", *[""] * (len(cells[0]) - 1)]
     return [*cells[:most], gone, cells[-1]]
 
-
+# %% ../../nbs/adapters/network.ipynb #d2db9bd9
 def layer_table(cells: list[list[str]], form: str, left: int = 4) -> str:
     "A table, headings first, in one of tabulate's forms; the first `left` columns are words, the others numbers."
     sides = ["left"] * left + ["right"] * (len(cells[0]) - left)
@@ -664,7 +664,7 @@ def _row(name: str, module: nn.Module, part: Part, seen: set[int]) -> Row:
         notes += ["shared tensors counted above"] * (len(new) < len(_sizes(part)))
     return Row(name or "(the network)", kind, shape, rank, count, share, ", ".join(notes))
 
-
+# %% ../../nbs/adapters/network.ipynb #93e3a5da
 def _sizes(module: nn.Module) -> dict[int, int]:
     "Sizes of a module's own parameters by identity, so that what is shared counts once."
     return {id(p): p.numel() for p in module._parameters.values() if p is not None}

@@ -33,7 +33,7 @@ def say(text: object, err: bool = False) -> None:
     "Print lines; characters that would steer the terminal, which a header or a file name may hold, as question marks."
     typer.echo("\n".join(map(printable, str(text).split("\n"))), err=err)
 
-
+# %% ../../nbs/cli/commands.ipynb #2e42a02a
 def _message(error: Exception) -> tuple[str, int]:
     "What to print for an error, and the exit code."
     if isinstance(error, OSError):
@@ -113,6 +113,8 @@ def _group(text: str, **options: Any) -> typer.Typer:
 
 app = _group(_HELP, cls=_Plain, pretty_exceptions_enable=False)
 cohort = _group("Make, import, check and show cohorts: folders of scans with masks and one table.")
+
+# %% ../../nbs/cli/commands.ipynb #89806684
 models = _group("Show the shipped models, or train them again. Synthetic, no clinical claim.")
 study = _group("Run a whole study, or see what it would take.")
 report = _group("Make report.html, paper.pdf and figures from what a study's runs wrote.")
@@ -127,7 +129,7 @@ def _version(wanted: bool) -> None:
         say(sahlora.__version__)
         raise typer.Exit()
 
-
+# %% ../../nbs/cli/commands.ipynb #d80fdc5c
 @app.callback(help=_HELP)
 def main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
                                                help="Show the version and exit.")] = False,
@@ -210,7 +212,7 @@ def cohort_make(
     say(f"{cohort_table(made).to_string()}\nscans by mL of blood: {_counts(bin_counts(made.table.blood_ml))}\n"
                "synthetic, no clinical claim")
 
-
+# %% ../../nbs/cli/commands.ipynb #3c84e9ee
 def _counts(bins: dict[str, int]) -> str:
     "Bins in a line."
     return ", ".join(f"{name}: {count}" for name, count in bins.items())
@@ -262,7 +264,7 @@ def cohort_layouts() -> None:
 
     say(layout_help())
 
-
+# %% ../../nbs/cli/commands.ipynb #92472265
 _Folder = Annotated[Path, typer.Argument(help="A cohort: a folder with cohort.csv.")]
 
 
@@ -552,7 +554,7 @@ def models_show() -> None:
                f"numbers: all that a file holds, a network's running statistics of norms too\n"
                f"{WEIGHTS / 'README.md'}: the model card\nsynthetic, no clinical claim")
 
-
+# %% ../../nbs/cli/commands.ipynb #dd2b8a23
 @models.command("make")
 def models_make(
     out: Out, work: Annotated[Path, typer.Option(help="Folder for cohorts and the pre-training, to go on with.")] = Path("runs/models"),

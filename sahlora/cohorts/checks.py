@@ -36,7 +36,7 @@ class Scan(NamedTuple):
     def __str__(self) -> str:
         return f"case {self.case} of patient {self.patient} in {self.cohort}"
 
-
+# %% ../../nbs/cohorts/checks.ipynb #f120a1a9
 def _groups(scans: Iterable[tuple[str, Scan]]) -> list[tuple[Scan, ...]]:
     "Scans that share a hash, from (hash, scan)."
     found = defaultdict(list)
@@ -44,7 +44,7 @@ def _groups(scans: Iterable[tuple[str, Scan]]) -> list[tuple[Scan, ...]]:
         found[voxels].append(scan)
     return [tuple(group) for group in found.values() if len(group) > 1]
 
-
+# %% ../../nbs/cohorts/checks.ipynb #11e1d3fc
 def find_duplicates(*cohorts: Cohort) -> list[tuple[Scan, ...]]:
     "Groups of scans with the same voxels, under whatever names, within and across cohorts; [] when there are none."
     return _groups((voxels, Scan(str(cohort.folder), patient, case)) for cohort in cohorts
@@ -85,7 +85,7 @@ def attempt(action: Callable[..., Any], *arguments: Any) -> tuple[Any, list[str]
     except (OSError, ValueError) as error:
         return None, [plain_words(error) if isinstance(error, OSError) else str(error)]
 
-
+# %% ../../nbs/cohorts/checks.ipynb #bb1b9776
 def grouped(notes: Iterable[tuple[str, str]]) -> tuple[str, ...]:
     "Notes as (case, text), one line per text with its cases."
     cases = defaultdict(list)
@@ -103,7 +103,7 @@ def placed_notes(affine: np.ndarray, shape: tuple[int, ...], name: str, known: b
         return check_placed(affine, shape, name)
     return [f"prediction refuses it: {text}" for text in attempt(check_placed, affine, shape, name)[1]]
 
-
+# %% ../../nbs/cohorts/checks.ipynb #1c428b7a
 def mask_notes(mask: np.ndarray) -> list[str]:
     "Notes on a mask of 0 and 1 (X, Y, Z) that is empty, or larger than any hematoma."
     share = float((mask > 0).mean())
@@ -155,7 +155,7 @@ def _strays(cohort: Cohort) -> list[tuple[str, str]]:
     return [(f"{path.parent.name}/{path.name}", "a file that cohort.csv does not name") for folder in folders
             for path in visible(folder) if path.name.endswith((".nii", ".nii.gz")) and path not in named]
 
-
+# %% ../../nbs/cohorts/checks.ipynb #c70e4354
 def _twins(folder: Path, scans: Iterable[tuple[str, Scan]]) -> tuple[list[str], list[tuple[str, str]]]:
     "Problems (the same voxels under two patients) and notes (twice under one), from (hash, scan)."
     problems, notes = [], []

@@ -49,7 +49,7 @@ def check_name(case: str) -> None:
     if bad or len(case.encode()) > 200:
         raise ValueError(f"case {case!r} can not be the name of a file; rename it")
 
-
+# %% ../../nbs/cohorts/cohort.ipynb #a007249c
 @dataclass(frozen=True)
 class Case:
     "One scan on its way to disk: `image` and `label` (X, Y, Z), axes left, posterior, superior; `affine` to RAS mm."
@@ -88,7 +88,7 @@ def case_files(case: str) -> tuple[str, str]:
     "Names of a case's image and mask in the folder of a cohort."
     return f"images/{case}.nii.gz", f"labels/{case}.nii.gz"
 
-
+# %% ../../nbs/cohorts/cohort.ipynb #95ccd001
 def write_case(folder: Path, case: Case) -> dict[str, Any]:
     "Write one case's two volumes; its row of the table."
     image, label = case_files(case.case)
@@ -99,7 +99,7 @@ def write_case(folder: Path, case: Case) -> dict[str, Any]:
     row = (case.case, case.patient, case.site, image, label, case.intensity, case.spacing, blood_ml)
     return dict(zip(COLUMNS, (*row, file_hash(folder / image), voxel_hash(case.image))))
 
-
+# %% ../../nbs/cohorts/cohort.ipynb #3221adab
 def write_rows(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
     "cohort.csv, whole or not at all, when all `rows` are there. What killed writers left is removed."
     remove_leftovers(folder / "images", folder / "labels")
@@ -205,7 +205,7 @@ def window_of(intensity: str) -> tuple[float, float] | None:
         raise ValueError(f"intensity {intensity!r} is neither hu nor window:low,high in HU, such as window:-20,100")
     return low, high
 
-
+# %% ../../nbs/cohorts/cohort.ipynb #f4e27a86
 def to_hu(array: np.ndarray, intensity: str) -> np.ndarray:
     """Voxels as HU, float32, any shape; `intensity` is "hu" or "window:low,high" (8-bit pictures).
 
@@ -226,7 +226,7 @@ def check_grid(mask: Nifti, image: Nifti, name: str | Path) -> None:
         raise ValueError(f"{name}: affine differs from the image's by up to {off:.3g} (1e-3 is allowed); make the mask "
                          "again on the image's grid")
 
-
+# %% ../../nbs/cohorts/cohort.ipynb #2b119bcc
 def check_binary(mask: np.ndarray, name: str | Path) -> None:
     "Raises: ValueError, naming the file, that lists values beside 0 and 1 and how many voxels have them."
     values, counts = np.unique(mask[(mask != 0) & (mask != 1)], return_counts=True)
@@ -312,13 +312,13 @@ def _end_with_parent() -> None:
 
     Thread(target=watch, daemon=True).start()
 
-
+# %% ../../nbs/cohorts/cohort.ipynb #df3bd2fe
 def _phantom_case(kind: str, seed: int, index: int, grid: tuple[int, int], slices: int) -> Case:
     phantom = make_case(kind, seed, index, grid=grid, slices=slices)
     hu = np.round(phantom.hu).astype(np.int16)
     return Case(phantom.name, f"{phantom.name}-s{seed}", "phantom", hu, phantom.blood, phantom.affine)
 
-
+# %% ../../nbs/cohorts/cohort.ipynb #b3bd0cb6
 def _write_phantom(folder: Path, name: str, *request: Any) -> dict[str, Any]:
     "The row of a case, made now, or before the same call was interrupted: its row was kept when its files were whole."
     made = folder / "made" / f"{name}.json"
@@ -396,7 +396,7 @@ def scan_size(path: Path) -> tuple[np.ndarray, np.ndarray]:
     mm[2] = abs(np.linalg.det(axes)) / np.linalg.norm(np.cross(axes[:, 0], axes[:, 1]))
     return np.array(image.shape)[order], mm
 
-
+# %% ../../nbs/cohorts/cohort.ipynb #ca4f02c3
 def _span(values: Iterable[float]) -> str:
     "Smallest and largest as words."
     low, high = (f"{x:.3g}" for x in (min(values), max(values)))
@@ -412,7 +412,7 @@ def _size_words(cohort: Cohort) -> dict[str, str]:
             "pixel mm": _span([*across[known], *down[known]]) if known.any() else "unknown",
             "slice mm": _span(up[known]) if known.any() else "unknown"}
 
-
+# %% ../../nbs/cohorts/cohort.ipynb #5dd50487
 def cohort_words(cohort: Cohort, sizes: bool = True) -> dict[str, str]:
     "A cohort in words; its `sizes` stand in the headers, of which all are read. Raises: ValueError for a damaged one."
     table, ml, counts = cohort.table, cohort.table.blood_ml, bin_counts(cohort.table.blood_ml)
@@ -424,7 +424,7 @@ def cohort_words(cohort: Cohort, sizes: bool = True) -> dict[str, str]:
         **{f"scans of {name} mL": str(counts.get(name, 0)) for name in (*BINS, "unknown")},
     }
 
-
+# %% ../../nbs/cohorts/cohort.ipynb #6074eb90
 def cohort_table(*cohorts: Cohort) -> pd.DataFrame:
     "`cohort_words` of each cohort, one column for each. Raises: ValueError for a damaged header."
     return pd.DataFrame([cohort_words(cohort) for cohort in cohorts], [str(cohort.folder.name) for cohort in cohorts]).T
@@ -434,7 +434,7 @@ def richest_slice(mask: np.ndarray) -> int:
     "Number of the slice of `mask` (X, Y, Z) with most blood; the middle one when there is none."
     return int(mask.sum((0, 1)).argmax()) if mask.any() else mask.shape[2] // 2
 
-
+# %% ../../nbs/cohorts/cohort.ipynb #efe6cbcb
 def cohort_pictures(cohort: Cohort, count: int = 5) -> list[tuple[str, np.ndarray, np.ndarray]]:
     "(patient, CT (H, W) with 0..80 HU as 0..1, mask (H, W)) of the first scans, each at the slice with most blood."
     pictures = []
@@ -458,7 +458,7 @@ def _thumbnails(cohort: Cohort, count: int, width: int = 110) -> str:
         blocks.append(f"{png_html(blood, f'{patient}, slice {k + 1}')}<br><small>{escape(patient)}</small>")
     return beside(*blocks)
 
-
+# %% ../../nbs/cohorts/cohort.ipynb #1f053c20
 def cohort_html(cohort: Cohort, pictures: int = 5, rows: int = 12) -> str:
     "A cohort as HTML that stands alone: its facts, the first scans with their blood, the first rows of its table."
     hidden = ["image", "label", "sha256", "voxels"]

@@ -30,7 +30,7 @@ def check_disjoint(one: Iterable[str], other: Iterable[str], what: str) -> int:
         raise ValueError(f"{what}: {count} in both: {some_of(shared)}")
     return 0
 
-
+# %% ../../nbs/cohorts/folds.ipynb #bb8ebf29
 def check_voxels(one: Mapping[str, str], other: Mapping[str, str], what: str) -> int:
     """0, the number of shared volumes; each mapping is case -> voxel hash.
 
@@ -54,7 +54,7 @@ class Fold:
     test: tuple[str, ...]
     fit: bool = False
 
-
+# %% ../../nbs/cohorts/folds.ipynb #a4d4d561
 def _sorted(patients: Iterable[str], folds: int) -> np.ndarray:
     "Patients sorted, each once. Raises: ValueError for fewer than 2 folds or fewer patients than folds."
     known = np.array(sorted(set(patients)))
@@ -62,7 +62,7 @@ def _sorted(patients: Iterable[str], folds: int) -> np.ndarray:
         raise ValueError(f"{folds} folds of {len(known)} patients: needs at least 2 folds and a patient in each")
     return known
 
-
+# %% ../../nbs/cohorts/folds.ipynb #6f8de58e
 def _draw(splitter: KFold | StratifiedKFold, patients: np.ndarray, bins: Sequence[str] | None = None) -> list[Fold]:
     "Folds of a scikit-learn splitter."
     return [Fold(tuple(patients[train].tolist()), tuple(patients[test].tolist()))
@@ -79,7 +79,7 @@ def patient_volumes(cohort: Cohort) -> dict[str, float]:
     "Patient -> mL of their scan with most blood, sorted by patient; NaN where no volume is known."
     return {str(name): float(ml) for name, ml in cohort.table.groupby("patient").blood_ml.max().items()}
 
-
+# %% ../../nbs/cohorts/folds.ipynb #38f1d6bf
 def stratified(volumes: Mapping[str, float], folds: int = 3, seed: int = 0) -> tuple[list[Fold], tuple[str, ...]]:
     """Folds by patient with volume bins spread evenly, and notes; `volumes`: patient -> mL, NaN where unknown.
 
@@ -161,7 +161,7 @@ def draw_folds(cohort: Cohort, method: str = "kfold", folds: int = 3,
     check_folds(cohort, plan)
     return plan, notes
 
-
+# %% ../../nbs/cohorts/folds.ipynb #2f9aa866
 def _people(cohort: Cohort) -> dict[str, dict[str, Any]]:
     "Patient -> blood_ml (None: unknown) and sorted voxel hashes."
     hashes, volumes = cohort.voxels, patient_volumes(cohort)

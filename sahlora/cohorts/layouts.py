@@ -41,7 +41,7 @@ class Found:
     image: Path
     masks: Mapping[int, Path]
 
-
+# %% ../../nbs/cohorts/layouts.ipynb #b9c98ff1
 def _volumes(folder: Path, bare: bool = False) -> dict[str, Path]:
     "Name -> .nii or .nii.gz file in a folder; `bare`: files without any suffix too. Raises: ValueError for twins."
     found: dict[str, Path] = {}
@@ -62,7 +62,7 @@ def _folder(source: Path, *names: str) -> Path | None:
         raise ValueError(f"{source}: holds {' and '.join(path.name + '/' for path in there)}; keep the one that counts")
     return there[0] if there else None
 
-
+# %% ../../nbs/cohorts/layouts.ipynb #27fe3015
 def _paired(images: Path | None, masks: Path | None, case: Callable[[str], str] = str,
             patient: Callable[[str], str] = str, bare: bool = False) -> list[Found] | None:
     """Scans of a folder of images and one of masks, None unless both exist; `case`: from a file's name, `patient`: from a case's.
@@ -95,7 +95,7 @@ def _rsna_patient(name: str) -> str:
 def _find_bhsd(source: Path) -> list[Found] | None:
     return _paired(_folder(source, "images"), _folder(source, "labels", "ground truths"), patient=_rsna_patient, bare=True)
 
-
+# %% ../../nbs/cohorts/layouts.ipynb #d8f3c65e
 def _find_instance(source: Path) -> list[Found] | None:
     folder = _folder(source, "train_2", "train") or source
     return _paired(_folder(folder, "data"), _folder(folder, "label"), "instance-{}".format)
@@ -106,7 +106,7 @@ def _one_of(folder: Path, name: str) -> Path:
     return next((path for suffix in (".nii.gz", ".nii") if (path := folder / f"{name}{suffix}").exists()),
                 folder / f"{name}.nii.gz")
 
-
+# %% ../../nbs/cohorts/layouts.ipynb #deb630d4
 def _find_mbh_seg(source: Path) -> list[Found] | None:
     folders = [path for path in visible(source) if path.is_dir() and _one_of(path, "image").exists()]
     raters = [{int(match[1]): path for path in visible(folder)
@@ -114,13 +114,13 @@ def _find_mbh_seg(source: Path) -> list[Found] | None:
     return [Found(folder.name, _rsna_patient(folder.name), _one_of(folder, "image"), dict(sorted(masks.items())))
             for folder, masks in zip(folders, raters)] or None
 
-
+# %% ../../nbs/cohorts/layouts.ipynb #e022b6cb
 def _find_seg_cq500(source: Path) -> list[Found] | None:
     folder = next((path for path in (source / "data/volumes", source / "volumes") if path.is_dir()), source)
     cases = [path for path in visible(folder) if path.is_dir() and _one_of(path, "CT").exists()]
     return [Found(path.name, path.name, _one_of(path, "CT"), {1: _one_of(path, "ICH_mask")}) for path in cases] or None
 
-
+# %% ../../nbs/cohorts/layouts.ipynb #cfba5a71
 def _find_ct_ich(source: Path) -> list[Found] | None:
     "Release 1.3 (NIfTI) or 1.0 to 1.2 (JPEG), whichever is there."
     if found := _paired(_folder(source, "ct_scans"), _folder(source, "masks"), _ct_ich_name):
@@ -130,7 +130,7 @@ def _find_ct_ich(source: Path) -> list[Found] | None:
     brains = [path / "brain" for path in visible(patients) if (path / "brain").is_dir()]
     return [Found(name := _ct_ich_name(brain.parent.name), name, brain, {}) for brain in brains] or None
 
-
+# %% ../../nbs/cohorts/layouts.ipynb #4bdc183a
 def _ct_ich_name(number: str) -> str:
     "ct-ich-049 for 49 and for 049: all releases name a patient alike."
     return f"ct-ich-{int(number):03d}" if number.isdecimal() else f"ct-ich-{number}"
@@ -207,7 +207,7 @@ def parse_labels(text: str | Mapping[int, str] | None) -> dict[int, str] | None:
         raise ValueError(f"--labels {text!r}: {'0 is the background' if 0 in codes else 'a code stands in it twice'}")
     return codes or None
 
-
+# %% ../../nbs/cohorts/layouts.ipynb #d549d549
 def which_blood(codes: Mapping[int, str], blood: str | Sequence[str] | None) -> tuple[str, ...]:
     "The names of labels that count as blood. Raises: ValueError for a name that is no label, and when nobody said it."
     kinds = {kind.casefold(): kind for kind in codes.values()}
@@ -283,7 +283,7 @@ def _grey(hu: np.ndarray, window: tuple[float, float]) -> np.ndarray:
     whole = np.rint(grey)
     return whole.astype(np.uint8) if np.abs(grey - whole).max() < 1e-3 else grey.astype(np.float32)
 
-
+# %% ../../nbs/cohorts/layouts.ipynb #a489539f
 def _read_volume(found: Found, request: Request) -> tuple[Case, list[str]]:
     "A scan from NIfTI and what was noted. Raises: OSError, ValueError that names the file."
     image = read_nifti(found.image, request.spacing, request.orientation)
@@ -322,7 +322,7 @@ def _ct_ich_pictures(brain: Path) -> list[tuple[Path, Path]]:
         raise ValueError(f"{brain}: masks without a picture: {some_of(lonely)}; copy the pictures again")
     return list(pairs.items())
 
-
+# %% ../../nbs/cohorts/layouts.ipynb #3c76e4bc
 def _ct_ich_slice(picture: Path, mask: Path, size: int | None) -> tuple[np.ndarray, np.ndarray]:
     "Grey uint8 and blood 0/1, averaged by area to (size, size). Raises: ValueError that names a bad picture."
     try:
@@ -353,7 +353,7 @@ def _ct_ich_case(brain: Path, name: str, site: str, size: int | None, spacing: S
     return Case(name, name, site, image, label, affine, "window:{:g},{:g}".format(*CT_ICH_WINDOW),
                 "unknown" if spacing is None else "known")
 
-
+# %% ../../nbs/cohorts/layouts.ipynb #1c7beb43
 def import_ct_ich(source: str | Path, folder: str | Path, patients: Sequence[str], size: int = 160,
                   overwrite: bool = False) -> Cohort:
     """Write `patients` of CT-ICH (PhysioNet 1.0.0, JPEG) as a cohort of `size` x `size` pixels, spacing unknown.
@@ -387,7 +387,7 @@ def _ct_ich_table(source: Path) -> dict[str, tuple[int, int]]:
     return {f"ct-ich-{patient.zfill(3)}": (len(rows), int(blood[rows.index].sum()))
             for patient, rows in table.groupby("patientnumber") if patient}
 
-
+# %% ../../nbs/cohorts/layouts.ipynb #aaa52148
 def _compare_slices(case: Case, table: Mapping[str, tuple[int, int]]) -> list[str]:
     "Notes where a scan has other slices, or blood on other ones, than the release's table says."
     if case.case not in table:
@@ -454,7 +454,7 @@ def read_patients(path: str | Path) -> dict[str, str]:
         raise ValueError(f"{path}: {some_of(bad)}: stands in it twice or has no patient; give each case one patient")
     return dict(zip(table.case, table.patient))
 
-
+# %% ../../nbs/cohorts/layouts.ipynb #562bd4a6
 def _with_patients(found: list[Found], patients: str | Path | Mapping[str, str] | None) -> list[Found]:
     "The scans with the user's patients. Raises: ValueError that lists scans the table does not name."
     if patients is None:

@@ -58,14 +58,14 @@ def _mirror(field: Tensor, pad: tuple[int, int, int, int]) -> Tensor:
         field, pad = F.pad(field, now, mode="reflect"), tuple(p - n for p, n in zip(pad, now))
     return field
 
-
+# %% ../../nbs/cohorts/slices.ipynb #00b9dd2b
 def displacement(noise: Tensor, alpha: float, sigma: float) -> Tensor:
     "The field (N, H, W, 2) by which a picture spanning -1..1 is displaced along x and y, from noise (N, 2, H, W) in -1..1."
     height, width = noise.shape[-2:]
     field = smooth(noise, sigma) * noise.new_tensor([alpha / width, alpha / height]).view(1, 2, 1, 1)
     return field.permute(0, 2, 3, 1)
 
-
+# %% ../../nbs/cohorts/slices.ipynb #cba27152
 def bend(planes: Tensor, field: Tensor, mode: str = "bilinear") -> Tensor:
     "(N, C, H, W) sampled at each pixel's place plus `field` (N, H, W, 2); zeros outside; bilinear or nearest."
     n, _, height, width = planes.shape
@@ -108,7 +108,7 @@ class Augmentation:
     jitter_hu: Annotated[float, Field(ge=0, le=MOST_JITTER)] = MOST_JITTER
     jitter_weight: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
 
-
+# %% ../../nbs/cohorts/slices.ipynb #34e01627
 NO_AUGMENTATION = Augmentation(elastic=0.0, flip=0.0)
 
 # %% ../../nbs/cohorts/slices.ipynb #fba95496
@@ -205,7 +205,7 @@ def _is_whole(folder: Path) -> bool:
         return False
     return sizes == [length, length] and written == object_hash(index)
 
-
+# %% ../../nbs/cohorts/slices.ipynb #b0610c16
 def _own_folder() -> Path:
     "A folder for temporary files that nobody but this user writes."
     folder = Path(tempfile.gettempdir()) / f"sahlora-{os.getuid()}"
@@ -215,7 +215,7 @@ def _own_folder() -> Path:
     mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
     return folder if mine else Path(tempfile.mkdtemp(prefix="sahlora-"))
 
-
+# %% ../../nbs/cohorts/slices.ipynb #4b91f88b
 def _cache_folder(cohort: Cohort, key: str) -> Path:
     "Where the unpacked cohort lies or shall lie."
     here = cohort.folder / "cache" / key[:20]

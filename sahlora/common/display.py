@@ -43,7 +43,7 @@ def html_text(text: object) -> str:
     "A text for HTML, between tags and in quoted attributes."
     return escape(plain_text(text))
 
-
+# %% ../../nbs/common/display.ipynb #733f0264
 def _cell(text: object) -> str:
     "A text for a cell of a Markdown table."
     return _INLINE.sub(r"\\\g<0>", plain_text(text))
@@ -53,7 +53,7 @@ def markdown_text(text: object) -> str:
     "A text for Markdown, wherever it stands."
     return _START.sub(r"\1\\\2", _cell(text))
 
-
+# %% ../../nbs/common/display.ipynb #5a9ec2f6
 def table_markdown(table: "pd.DataFrame", **options: Any) -> str:
     "A table's columns as Markdown in which texts and headings stay what they are. `options` of DataFrame.to_markdown."
     texts = [column for column, dtype in enumerate(table.dtypes) if dtype.kind not in "biuf"]  # 0012 is a name, not 12
@@ -74,7 +74,7 @@ def png_bytes(picture: np.ndarray, colors: int | None = None) -> bytes:
     (image if colors is None else image.quantize(colors, Image.Quantize.MAXCOVERAGE)).save(buffer, "png", optimize=True)
     return buffer.getvalue()
 
-
+# %% ../../nbs/common/display.ipynb #51d6c328
 def png_html(picture: np.ndarray, alt: str, colors: int | None = None) -> str:
     "The same as an HTML image that holds its own PNG; `alt`: what it shows, for those who can not see it."
     data = base64.b64encode(png_bytes(picture, colors)).decode()
@@ -90,7 +90,7 @@ def picture_size(shape: tuple[int, int], mm: tuple[float, float], width: int) ->
     "Rows of a picture of `width` columns, and these; `shape`: pixels across and front to back, of `mm` each."
     return max(1, round(width * shape[1] * mm[1] / (shape[0] * mm[0]))), width
 
-
+# %% ../../nbs/common/display.ipynb #259cd359
 def grey_slice(hu: np.ndarray, mm: tuple[float, float], width: int = 160, window: tuple[float, float] = (0.0, 80.0)) -> np.ndarray:
     "A slice (X, Y) in HU as a picture (h, width) uint8, anterior on top, the patient's right on the left."
     low, high = window
@@ -109,7 +109,7 @@ def shown_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     covered = Image.fromarray((mask.T > 0).astype(np.float32)).resize(size[::-1], Image.Resampling.BOX)
     return np.asarray(covered) > 0
 
-
+# %% ../../nbs/common/display.ipynb #781251ae
 def marked(picture: np.ndarray, inside: np.ndarray, color: str, tint: float = 0.3) -> np.ndarray:
     "A picture (h, w) or (h, w, 3) uint8 with `inside` (h, w) tinted and bordered in a `color` such as #56B4E9: (h, w, 3)."
     rgb = (np.stack([picture] * 3, -1) if picture.ndim == 2 else picture).astype(np.float32)

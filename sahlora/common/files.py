@@ -41,7 +41,7 @@ def temporary_name(path: str | Path) -> Path:
     path = Path(path)
     return path.with_name(f"{PART}{writer}.{path.name[-100:]}")  # a name may hold 255 bytes
 
-
+# %% ../../nbs/common/files.ipynb #362bd0be
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path`, with the same suffix; renamed to `path` on success, removed on failure.
@@ -87,7 +87,7 @@ def remove_folder(path: str | Path) -> None:
     os.replace(path, going)
     shutil.rmtree(going)
 
-
+# %% ../../nbs/common/files.ipynb #6f156109
 def _is_dead(name: str) -> bool:
     "Whether a temporary name is that of a process of this host that has ended."
     writer = re.match(rf"{re.escape(PART)}{_HOST}\.(\d+)\.", name)
@@ -101,7 +101,7 @@ def _is_dead(name: str) -> bool:
         return False
     return False
 
-
+# %% ../../nbs/common/files.ipynb #d88b43d0
 def remove_leftovers(*folders: str | Path) -> None:
     "Remove what killed writers of this host left directly inside some folders."
     for left in (path for folder in folders for path in Path(folder).glob(f"{PART}*")):
@@ -118,7 +118,7 @@ def write_json(path: str | Path, content: object) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # of a path that is not UTF-8
 
-
+# %% ../../nbs/common/files.ipynb #2e1f998f
 def read_json(path: str | Path) -> Any:
     "What `write_json` wrote. Raises: ValueError that names the file when it is not JSON."
     try:
@@ -154,7 +154,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, "Tensor"], header: Mapp
         # not save_file, whose files nobody but their owner may read
         temporary.write_bytes(save(flat, metadata={"sahlora": json.dumps(header, sort_keys=True, allow_nan=False)}))
 
-
+# %% ../../nbs/common/files.ipynb #045f3df9
 def load_tensors(path: str | Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
     """Tensors and header that `save_tensors` wrote.
 
@@ -186,7 +186,7 @@ def printable(text: object, instead: str = "?") -> str:
     "A text in which another character stands for each that can not be printed, such as those that steer a terminal."
     return "".join(c if c.isprintable() else instead for c in str(text))
 
-
+# %% ../../nbs/common/files.ipynb #87cb4466
 def plain_words(error: OSError) -> str:
     "An OSError as a sentence that names the file, what is wrong and what to do."
     import errno
@@ -223,7 +223,7 @@ def owner(folder: str | Path) -> str:
         return "another process"
     return f"process {process} on {host}"
 
-
+# %% ../../nbs/common/files.ipynb #1579c102
 def _sign(lock_file: int) -> None:
     "Write the owner into a lock file, as filelock's own soft locks do."
     os.ftruncate(lock_file, 0)
@@ -299,7 +299,7 @@ def flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         found |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return found
 
-
+# %% ../../nbs/common/files.ipynb #c7afc107
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     "What differs between two sets of facts, one line for each name, at most 10."
     one, other = flat(was), flat(now)
@@ -330,7 +330,7 @@ def _sums(folder: Path, names: Iterable[str]) -> dict[str, str | None]:
     there = [name for name in names if (folder / name).is_file()]
     return {name: None if Path(name).name == COST else file_hash(folder / name) for name in there}
 
-
+# %% ../../nbs/common/files.ipynb #7d8fd864
 def check_recorded(path: str | Path) -> dict[str, Any] | None:
     """The record beside a file, if it lists the file; else None.
 
@@ -361,7 +361,7 @@ def same_call(folder: Path, was: Mapping[str, Any], now: Mapping[str, Any], file
                          "or replace these files (--overwrite)")
     return not what
 
-
+# %% ../../nbs/common/files.ipynb #7af636ca
 def _remove_listed(folder: Path, names: Iterable[str]) -> None:
     "Remove the files and folders of a record, and folders that hold nothing then."
     for path in (folder / name for name in names):
@@ -384,7 +384,7 @@ def _make_room(folder: Path, old: Mapping[str, Any] | None, record: Mapping[str,
         _check_apart(folder, listed, inputs)
         _remove_listed(folder, listed)
 
-
+# %% ../../nbs/common/files.ipynb #557fa117
 def _check_apart(folder: Path, names: Iterable[str], inputs: Iterable[str | Path]) -> None:
     "Raises: ValueError where what a call reads is among the files that it would replace."
     gone = [(folder / name).resolve() for name in names]
@@ -394,7 +394,7 @@ def _check_apart(folder: Path, names: Iterable[str], inputs: Iterable[str | Path
             raise ValueError(f"{folder}: to replace its files would remove {path}, which this call reads; "
                              "choose another folder (--out)")
 
-
+# %% ../../nbs/common/files.ipynb #fd4d5c1b
 def _call(record: Mapping[str, Any]) -> dict[str, Any]:
     "What tells two calls apart."
     return {"command": record["command"], **record["facts"]}

@@ -88,7 +88,7 @@ def processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
 
-
+# %% ../../nbs/common/hardware.ipynb #ebd1752f
 def machine_facts() -> dict[str, Any]:
     "Where a run runs: processor, threads, allocator settings, and versions; \"unknown\" for what has no metadata."
     allocator = {key: os.environ[key] for key in sorted(os.environ) if key.startswith("MALLOC_")} | _kept

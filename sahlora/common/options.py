@@ -56,7 +56,7 @@ def _say(error: ValidationError, known: Iterable[str]) -> str:
     return "; ".join(f"{name} {unknown_key(name, known) if one['type'] in unknown else plain_error(one)}"
                      for name, one in found.items())
 
-
+# %% ../../nbs/common/options.ipynb #a5b8fd71
 @dataclass_transform(frozen_default=True)
 def options(cls: type[_T]) -> type[_T]:
     "Class decorator: a frozen dataclass whose fields are checked. Making one raises: ValueError that names each wrong option."

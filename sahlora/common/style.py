@@ -41,7 +41,7 @@ def styled(width: float, height: float, placed: bool = False) -> Iterator[Figure
     with mpl.rc_context(STYLE):
         yield fig
 
-
+# %% ../../nbs/common/style.ipynb #6478b863
 def finish(fig: Figure, synthetic: bool) -> Figure:
     "Lay a figure out for good, with a line that says that its numbers come from phantoms. Within `styled`."
     foot = 0.14 / fig.get_figheight() if synthetic else 0
@@ -92,7 +92,7 @@ def label(name: str) -> str:
              one["extras"] and "extras", one["patients"] and f"{one['patients']} patients", one["seed"] and f"seed {one['seed']}"]
     return (f"{one['network']}: " if one["network"] else "") + ", ".join(word for word in words if word)
 
-
+# %% ../../nbs/common/style.ipynb #a8e2ea7d
 def family(name: str) -> str:
     "What a strategy is grouped with: 'reference' (nothing, or no base, is fine-tuned), 'fine-tuning', or an adapter's method."
     method = parts(name)["method"]

@@ -44,7 +44,7 @@ def _read_nifti(path: Path, series: str | None, spacing: Sequence[float] | None,
     ct = HeadCT(found.array, found.affine, str(path), stored=found.stored, notes=found.notes)
     return replace(ct, notes=(*ct.notes, *([f"gantry tilt {ct.tilt:.1f} degrees"] if ct.tilt > 0.5 else [])))
 
-
+# %% ../../nbs/ct/read.ipynb #d4eae351
 def _read_dicom(path: Path, series: str | None, spacing: Sequence[float] | None, orientation: str | None,
                 allow_gaps: bool) -> HeadCT:
     "A scan from DICOM, not yet checked."

@@ -26,7 +26,7 @@ def to_lps(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarra
     turn = nib.orientations.ornt_transform(stored, nib.orientations.axcodes2ornt("LPS"))
     return nib.apply_orientation(array, turn), affine @ nib.orientations.inv_ornt_aff(turn, array.shape), stored
 
-
+# %% ../../nbs/ct/core.ipynb #6ad59eff
 def from_lps(array: np.ndarray, stored: np.ndarray) -> np.ndarray:
     "An array with axes left, posterior, superior in the order it was stored in; undoes `to_lps`."
     back = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("LPS"), stored)
@@ -37,7 +37,7 @@ def tolerance(step: float) -> float:
     "By how many mm a spacing may differ from `step` and still count as even: 5 %, at least 0.1 mm."
     return max(0.1, 0.05 * step)
 
-
+# %% ../../nbs/ct/core.ipynb #4235de45
 def even_stacks(positions: np.ndarray) -> list[tuple[int, int]]:
     "Runs of evenly spaced slices as (first, past the last), from positions (Z,) in mm, ascending."
     steps, stacks, first = np.diff(positions), [], 0
@@ -47,7 +47,7 @@ def even_stacks(positions: np.ndarray) -> list[tuple[int, int]]:
             first = k
     return [*stacks, (first, len(positions))]
 
-
+# %% ../../nbs/ct/core.ipynb #1bb90082
 def stack_spacing(positions: np.ndarray, stack: tuple[int, int]) -> float:
     "Mean distance in mm of the slices of a stack; NaN for a single slice."
     first, end = stack
@@ -82,7 +82,7 @@ def slice_normal(affine: np.ndarray) -> np.ndarray:
     normal /= np.linalg.norm(normal)
     return normal if normal @ affine[:3, 2] > 0 else -normal
 
-
+# %% ../../nbs/ct/core.ipynb #8c4ff449
 def angle_degrees(one: np.ndarray, other: np.ndarray) -> float:
     "Angle between two lines (3,) in degrees, 0 to 90."
     cosine = abs(one @ other) / np.linalg.norm(one) / np.linalg.norm(other)
@@ -305,7 +305,7 @@ def _size_notes(across: tuple[float, float], step: float, count: int) -> list[st
         notes.append(f"warning: {count} slices; a head CT has 5 or more")
     return notes
 
-
+# %% ../../nbs/ct/core.ipynb #4064692a
 def check_placed(affine: np.ndarray, shape: tuple[int, ...], name: str) -> list[str]:
     """Warnings about a scan's geometry; array axes to the left, posterior, superior, `affine` (4, 4) to RAS mm.
 
@@ -335,7 +335,7 @@ def visible(folder: Path) -> list[Path]:
     "What is in a folder, sorted, without what is hidden. Raises: OSError when it can not be read."
     return sorted(path for path in folder.iterdir() if not is_hidden(path))
 
-
+# %% ../../nbs/ct/core.ipynb #7f6cdd53
 def some_of(names: Sequence[object], most: int = 10) -> str:
     "The first names of many, for messages, and how many more there are."
     more = f" and {len(names) - most} more" if len(names) > most else ""

@@ -37,6 +37,7 @@ from pydicom.uid import (UID, CTImageStorage, ExplicitVRBigEndian, ExplicitVRLit
                          ImplicitVRLittleEndian, generate_uid)
 from pydicom.valuerep import DS
 
+# %% ../../nbs/ct/dicom.ipynb #1dce6aac
 from ..common.files import atomic_path, package_version
 from .core import (HeadCT, angle_degrees, even_stacks, find_gaps, from_lps, is_hidden,
                              owned_mm, some_of, stack_spacing, to_lps, tolerance)
@@ -57,7 +58,7 @@ class File:
     def __str__(self) -> str:
         return str(self.path) if self.member is None else f"{self.path}:{self.member}"
 
-
+# %% ../../nbs/ct/dicom.ipynb #75115142
 def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[File]:
     "Regular files below a folder, by name; a folder reached twice through links is entered once."
     status = os.stat(folder)
@@ -87,7 +88,7 @@ def _unzipping(name: object) -> Iterator[None]:
             raise
         raise ValueError(f"{name}: corrupted zip ({error}): copy it again") from error
 
-
+# %% ../../nbs/ct/dicom.ipynb #175d4d89
 def _members(path: Path) -> list[File]:
     "The files of a zip. Raises: ValueError when it is damaged, encrypted or too big."
     with _unzipping(path), ZipFile(path) as archive:
@@ -108,7 +109,7 @@ def _files(path: Path) -> list[File]:
         return list(_walk(path, set()))
     return _members(path) if path.suffix.lower() == ".zip" or is_zipfile(path) else [File(path)]
 
-
+# %% ../../nbs/ct/dicom.ipynb #3f92b85b
 def open_files(files: Sequence[File]) -> Iterator[tuple[File, BinaryIO]]:
     "Each file opened for reading, one at a time; a zip is opened once for all of its members."
     zips: dict[Path, ZipFile] = {}
@@ -178,7 +179,7 @@ def _text(dataset: Dataset, keyword: str) -> str:
     parts = [value] if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__") else value
     return "\\".join("" if part is None else str(part).strip() for part in parts)
 
-
+# %% ../../nbs/ct/dicom.ipynb #0c202e12
 def _number(dataset: Dataset, keyword: str, count: int) -> np.ndarray | None:
     "A tag as `count` finite numbers; None where it is missing or something else."
     try:
@@ -249,7 +250,7 @@ def kind_of(header: Header) -> str:
         return f"a colour image ({photometric or 'RGB'}, without HU)"
     return "localizer" if "LOCALIZER" in image.split("\\") else ""
 
-
+# %% ../../nbs/ct/dicom.ipynb #0f18be1c
 def _off_axial(header: Header) -> float:
     "Degrees between a slice's normal and superior-inferior; 0 where it is unknown (said later, as a missing tag)."
     return 0.0 if header.normal is None else angle_degrees(header.normal, np.array([0, 0, 1.0]))
@@ -273,7 +274,7 @@ _PROJECTION = {"MIP", "MINIP", "MIN_IP", "PROJECTION IMAGE", "VRT", "3D", "VOLUM
 def _has_sharp_kernel(text: dict[str, str]) -> bool:
     return bool(_SHARP_KERNEL.search(text["ConvolutionKernel"]) or _SHARP_WORDS.search(text["SeriesDescription"]))
 
-
+# %% ../../nbs/ct/dicom.ipynb #fbb0496c
 def _has_contrast(text: dict[str, str]) -> bool:
     if text["ContrastBolusAgent"].upper() not in ("", "NONE", "NO", "N", "0", "-"):
         return True
@@ -386,7 +387,7 @@ def _points(series: Series) -> list[tuple[float, str]]:
     return [(float(series.places < 5), f"only {series.places} slices"), *faults, (off, thick),
             (-series.places, f"fewer slices ({series.places})"), (series.number or 0, "a higher series number")]
 
-
+# %% ../../nbs/ct/dicom.ipynb #3f80d14a
 def _why_not(series: Series, chosen: Series) -> str:
     "The first point in which `series` is worse than the chosen one."
     if series.problem:
@@ -394,7 +395,7 @@ def _why_not(series: Series, chosen: Series) -> str:
     worse = [words for (mine, words), (other, _) in zip(_points(series), _points(chosen)) if mine > other]
     return worse[0] if worse else "as good, found later"
 
-
+# %% ../../nbs/ct/dicom.ipynb #ab41d188
 def _keys(found: Sequence[Series]) -> dict[str, str]:
     "By UID, what --series takes: the number where it is unique, else the end of the UID."
     numbers, keys = Counter(series.number for series in found), {}
@@ -413,7 +414,7 @@ def _listed(found: Sequence[Series]) -> str:
 _WHAT_TO_DO = ("needed is the axial CT series as the scanner made it, one file per slice (CT Image Storage); of "
                "multi-frame files export classic single-frame CT, or convert them to NIfTI with dcm2niix")
 
-
+# %% ../../nbs/ct/dicom.ipynb #339b046b
 def _wanted(found: Sequence[Series], wanted: str | int, path: Path) -> Series:
     "The series that a user named by SeriesNumber, SeriesInstanceUID or the end of one. Raises: ValueError."
     wanted = str(wanted).strip()
@@ -456,7 +457,7 @@ def choose_series(found: Sequence[Series], path: str | Path, series: str | int |
     _check_one_head(found, path)
     return min(usable, key=lambda one: [value for value, _ in _points(one)])
 
-
+# %% ../../nbs/ct/dicom.ipynb #fe9ae694
 def choice_notes(found: Sequence[Series], chosen: Series) -> list[str]:
     "Which series were not used and why, and what is unwanted in the one that was."
     keys = _keys(found)
@@ -477,7 +478,7 @@ def _check_tags(headers: Sequence[Header], where: str) -> None:
         raise ValueError(f"{where}: tags missing or not readable: {'; '.join(missing)}; export the series again "
                          "with them")
 
-
+# %% ../../nbs/ct/dicom.ipynb #cc491d3e
 def _values(numbers: np.ndarray) -> str:
     return ", ".join(f"{x:.4g}" for x in numbers)
 
@@ -557,7 +558,7 @@ def _thicknesses(slices: Sequence[Header]) -> np.ndarray:
     stated = np.array([header.number("SliceThickness") for header in slices])
     return np.where(stated > 0, stated, np.nan)
 
-
+# %% ../../nbs/ct/dicom.ipynb #949ce6e9
 def _skips(slices: Sequence[Header], positions: np.ndarray) -> tuple[float, bool]:
     "How many thicknesses apart slices of a single even stack lie, and whether their numbers skip as often."
     times = stack_spacing(positions, (0, len(positions))) / np.median(_thicknesses(slices))
@@ -566,7 +567,7 @@ def _skips(slices: Sequence[Header], positions: np.ndarray) -> tuple[float, bool
     numbers = np.abs(np.diff([header.number("InstanceNumber") for header in slices]))
     return float(times), bool(abs(times - round(times)) < 0.1 and (numbers == round(times)).all())
 
-
+# %% ../../nbs/ct/dicom.ipynb #62aee707
 def _holes_in_words(slices: Sequence[Header], positions: np.ndarray) -> str:
     "Which slices the holes lie between, in mm, and how many slices are missing; empty when none is."
     thicknesses = _thicknesses(slices)
@@ -586,7 +587,7 @@ def _uneven_in_words(slices: Sequence[Header], positions: np.ndarray) -> str:
     each = [f"{steps[k]:.2f} mm between {slices[k]} and {slices[k + 1]}" for k in beside]
     return f"uneven slices, not in even stacks of 3 or more: {some_of(each, 3)}" if each else ""
 
-
+# %% ../../nbs/ct/dicom.ipynb #774a3509
 def _check_spacing(slices: Sequence[Header], positions: np.ndarray, where: str, allow_gaps: bool) -> list[str]:
     "Warnings about slices that are missing. Raises: ValueError for them unless `allow_gaps`."
     if len(positions) < 2:
@@ -625,7 +626,7 @@ def _transfer_syntax(dataset: Dataset) -> UID:
         dataset.file_meta.TransferSyntaxUID = plain
     return UID(dataset.file_meta.TransferSyntaxUID)
 
-
+# %% ../../nbs/ct/dicom.ipynb #54d77c67
 def _check_decodable(syntax: UID, file: File) -> None:
     "Raises: ValueError that names a transfer syntax that is unknown, or has no decoder installed."
     try:
@@ -638,7 +639,7 @@ def _check_decodable(syntax: UID, file: File) -> None:
             "'sahlora[dicom]' pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg), or have the series exported "
             "uncompressed (Explicit VR Little Endian)")
 
-
+# %% ../../nbs/ct/dicom.ipynb #a42d9f6f
 def _check_length(dataset: Dataset, file: File) -> None:
     "Raises: ValueError when pixel data that are not compressed are shorter or longer than rows times columns."
     row = int(dataset.Columns) * int(dataset.get("SamplesPerPixel", 1)) * int(dataset.BitsAllocated) // 8
@@ -709,7 +710,7 @@ class StoredDicom:
         "An array (X, Y, Z) on the scan's voxels, slice by slice as stored: (Z, rows, columns)."
         return np.ascontiguousarray(from_lps(array, self.orientation).transpose(2, 1, 0))
 
-
+# %% ../../nbs/ct/dicom.ipynb #7543a3e0
 def _stored_affine(slices: Sequence[Header]) -> np.ndarray:
     "Affine (4, 4) to RAS mm of the axes (columns, rows, along the normal) as stored, from the lowest slice."
     row, column = np.mean([header.numbers["ImageOrientationPatient"] for header in slices], axis=0).reshape(2, 3)
@@ -761,7 +762,7 @@ def _found_notes(ct: HeadCT, slices: Sequence[Header]) -> list[str]:
         notes.append("warning: lossy compression: HU are not exact")
     return notes
 
-
+# %% ../../nbs/ct/dicom.ipynb #0983cba9
 def _left_out(headers: Sequence[Header], copies: Sequence[Header]) -> list[str]:
     "Files of the series that are not slices, and copies of slices, in words."
     kinds = [kind_of(header) for header in headers]
@@ -839,11 +840,11 @@ def _unchanged(ct: HeadCT, headers: Sequence[Header | None]) -> list[Header]:
                              "not refer to them; write NIfTI, or export the series again")
     return known
 
-
+# %% ../../nbs/ct/dicom.ipynb #2ac976f5
 def _decimals(numbers: np.ndarray) -> list[DS]:
     return [DS(float(x), auto_format=True) for x in numbers]
 
-
+# %% ../../nbs/ct/dicom.ipynb #ee3f8944
 def _sources(ct: HeadCT) -> list[Dataset]:
     "Headers of a scan's slices, from below to above, with one direction and frame of reference. Raises: ValueError."
     headers = _unchanged(ct, [read_header(file, stream) for file, stream in open_files(ct.stored.files)])

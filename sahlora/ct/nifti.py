@@ -72,7 +72,7 @@ def _dtype(header: nib.Nifti1Header, path: Path) -> np.dtype:
         raise ValueError(f"{path}: voxels of type {dtype}; a CT has integers or real numbers: export it again")
     return dtype
 
-
+# %% ../../nbs/ct/nifti.ipynb #fd4efe1f
 def _shape(header: nib.Nifti1Header, path: Path) -> tuple[int, ...]:
     "The shape on disk. Raises: ValueError when it is not one 3-D volume."
     shape = tuple(int(n) for n in header["dim"][1 : int(header["dim"][0]) + 1])
@@ -124,7 +124,7 @@ def _directions(header: nib.Nifti1Header, orientation: str | None, path: Path) -
     raise ValueError(f"{path}: no orientation in its header (sform and qform are not set), so left and right are not "
                      "known; export it again, or say how its axes run (--orientation LPS)")
 
-
+# %% ../../nbs/ct/nifti.ipynb #6deb0280
 def _quaternion(header: nib.Nifti1Header, path: Path) -> np.ndarray:
     "Directions (3, 3) from the qform. Raises: ValueError when it is no rotation."
     try:
@@ -179,7 +179,7 @@ class StoredNifti:
     orientation: np.ndarray
     shape: tuple[int, ...]
 
-
+# %% ../../nbs/ct/nifti.ipynb #94eb9634
 @dataclass(frozen=True, eq=False)
 class Nifti:
     "A volume `array` (X, Y, Z), axes to the left, posterior, superior; `affine` (4, 4) to RAS mm; and what was noted."
@@ -259,7 +259,7 @@ def _write_stored(path: str | Path, array: np.ndarray, stored: StoredNifti) -> N
     with atomic_path(path) as temporary:
         nib.save(image, temporary)
 
-
+# %% ../../nbs/ct/nifti.ipynb #71f0447b
 def write_like(ct: HeadCT, array: np.ndarray, path: str | Path) -> list[Path]:
     """Write `array` (X, Y, Z) as NIfTI in the geometry that `ct` was stored in; returns the files.
 

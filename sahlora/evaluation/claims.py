@@ -79,7 +79,7 @@ class Evidence:
         found = self.parts.loc[(self.parts.method == method) & (self.parts.region == region), "rank"].dropna()
         return {int(rank): str(name) for name, rank in found.sort_values().items()}
 
-
+# %% ../../nbs/evaluation/claims.ipynb #0fc6c65b
 def count_parameters(trainable: Mapping[str, int]) -> dict[str, int]:
     "Parameters per strategy from those per run or strategy. Raises: ValueError when seeds differ."
     counts: dict[str, int] = {}
@@ -89,7 +89,7 @@ def count_parameters(trainable: Mapping[str, int]) -> dict[str, int]:
             raise ValueError(f"{name} has {counts[name]:,} and {count:,} trainable parameters; pass one study's runs")
     return counts
 
-
+# %% ../../nbs/evaluation/claims.ipynb #047e4609
 def _check_one_comparison(rows: pd.DataFrame) -> None:
     "Raises: ValueError where runs on all training patients and on few, or of several networks, lie in one table."
     for column, words in (("patients", "numbers of training patients"), ("network", "networks")):
@@ -118,7 +118,7 @@ def gather(patients: pd.DataFrame, trainable: Mapping[str, int], plan: Plan) -> 
     wide = patient_scores(patients, plan.score)
     return Evidence(wide, parts, volumes.reindex(wide.index).astype(float), count_parameters(trainable))
 
-
+# %% ../../nbs/evaluation/claims.ipynb #4fc64e34
 def method_scores(evidence: Evidence, ranks: Sequence[int] = ()) -> pd.DataFrame:
     "Scores (patients, methods), an adapter's `ranks` averaged (all, if empty); missing where one of them is."
     parts = evidence.parts
@@ -173,7 +173,7 @@ def _range(interval: Interval, level: int = 95) -> str:
 def _score(plan: Plan) -> str:
     return {"dice_soft": "soft Dice", "dice_hard": "hard Dice"}.get(plan.score, plan.score)
 
-
+# %% ../../nbs/evaluation/claims.ipynb #955f1f24
 def not_tested(number: int, test: str, reason: str) -> Claim:
     "A claim that this study has no runs for."
     sentence = f"This study can not tell: {reason}."
@@ -197,7 +197,7 @@ def decide(test: Paired, parts: Sequence[Comparison], plan: Plan) -> tuple[str, 
         return "inconclusive", f"higher on average, but significantly lower with {', '.join(lower)}"
     return "supported", ""
 
-
+# %% ../../nbs/evaluation/claims.ipynb #012cdf5f
 def _sign(test: Paired) -> int:
     "Which way the ranks lean: 1, 0 or -1."
     return 0 if not test.rank_biserial else 1 if test.rank_biserial > 0 else -1
@@ -208,7 +208,7 @@ def without_p(compared: Comparisons) -> Comparisons:
     return replace(compared, pairs=tuple(replace(one, p_holm=None, significant=False, test=replace(one.test, p=None))
                                          for one in compared.pairs))
 
-
+# %% ../../nbs/evaluation/claims.ipynb #00030c56
 def detail(part: Comparison, **more: Any) -> dict[str, Any]:
     "A comparison as a flat entry."
     test = part.test
@@ -255,7 +255,7 @@ def methods_of(evidence: Evidence, names: Sequence[str], region: str | None = No
     parts = evidence.parts.loc[evidence.parts.method.isin(names)]
     return list(dict.fromkeys(parts.side if region is None else parts.side[parts.region == region]))
 
-
+# %% ../../nbs/evaluation/claims.ipynb #7053bd30
 def claim_1(evidence: Evidence, plan: Plan) -> Claim:
     "Every fine-tuned method, in any region, against none."
     tuned = [name for name in methods_of(evidence, ["fine-tuning", *plan.adapters]) if name != plan.baseline]
@@ -267,7 +267,7 @@ def claim_1(evidence: Evidence, plan: Plan) -> Claim:
     pairs = [(name, plan.baseline) for name in tuned]
     return one_beats_other(1, scores, pairs, "fine-tuning on the target", other, plan)
 
-
+# %% ../../nbs/evaluation/claims.ipynb #4036d5f1
 def claim_2(evidence: Evidence, plan: Plan) -> Claim:
     "The adapters of the plan's region against the standard fine-tuning fixed beforehand."
     scores = method_scores(evidence, plan.ranks)
@@ -294,7 +294,7 @@ def rank_sides(evidence: Evidence, plan: Plan) -> tuple[pd.DataFrame, list[tuple
             pairs.append((high, low))
     return pd.DataFrame(columns, index=evidence.scores.index), pairs
 
-
+# %% ../../nbs/evaluation/claims.ipynb #38a2f449
 def rank_trend(evidence: Evidence, plan: Plan) -> Trend | None:
     "Page's trend over the ranks that every adapter of the plan that was run at several has, mean over adapters."
     several = [at for at in (evidence.named(method, plan.region) for method in plan.adapters) if len(at) > 1]
@@ -342,7 +342,7 @@ def claim_3(evidence: Evidence, plan: Plan) -> Claim:
                   reason, details=trends)
     return replace(claim, sentence=_volume_sentence(claim, weakest["name"], plan))
 
-
+# %% ../../nbs/evaluation/claims.ipynb #705c366d
 def _verdict_3(trends: Sequence[Mapping[str, Any]], plan: Plan) -> tuple[str, str]:
     "(verdict, reason) from the methods' trends."
     if (n := min(one["n"] for one in trends)) < plan.minimum:
@@ -376,7 +376,7 @@ def equal_rank_pairs(evidence: Evidence, plan: Plan) -> list[tuple[str, str]]:
     others = [evidence.named(other, plan.region).get(plan.equal_rank) for other in plan.others]
     return [(mine, other) for other in others if mine and other]
 
-
+# %% ../../nbs/evaluation/claims.ipynb #43627248
 def equal_parameter_pairs(evidence: Evidence, plan: Plan) -> list[tuple[str, str]]:
     """Per other method the two runs with the nearest parameter counts, if within the plan's factor; or the plan's own.
 
@@ -408,7 +408,7 @@ def comparable(evidence: Evidence, plan: Plan) -> tuple[dict[str, Any], ...]:
                   "parameters_than": evidence.trainable.get(other), **asdict(test), "p_worse_holm": p}
                  for (kind, one, other), test, p in zip(todo, tests, adjusted))
 
-
+# %% ../../nbs/evaluation/claims.ipynb #afbc6a7d
 def lacking_pairs(entries: Sequence[Mapping[str, Any]], evidence: Evidence, plan: Plan) -> list[str]:
     "What the claim asks for and the study does not have, in words."
     lacking = []
@@ -494,12 +494,12 @@ def judge(patients: pd.DataFrame, trainable: Mapping[str, int], plan: Plan = Pla
     claims = [_among_five(one, p, plan) for one, p in zip(claims, holm([one.p for one in claims]))]
     return [_without_verdict(one) if one.number in revised and one.verdict != "not tested" else one for one in claims]
 
-
+# %% ../../nbs/evaluation/claims.ipynb #c365194f
 def _without_verdict(one: Claim) -> Claim:
     "A claim under revision: its effect stays, and the sentence says why there is no verdict."
     return replace(one, verdict="under revision", reason=REVISION, sentence=f"{one.sentence} This is under revision: {REVISION}.")
 
-
+# %% ../../nbs/evaluation/claims.ipynb #b6034920
 def _among_five(one: Claim, p: float | None, plan: Plan) -> Claim:
     "A claim with its p value adjusted over the claims; inconclusive where the verdict rests on the unadjusted one alone."
     if one.verdict in ("inconclusive", "not tested") or p is None or p < plan.alpha:

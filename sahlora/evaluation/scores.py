@@ -42,7 +42,7 @@ def check_volumes(p: np.ndarray, t: np.ndarray, ct: HeadCT | None = None) -> Non
     if not (t.dtype == bool or ((t == 0) | (t == 1)).all()):
         raise ValueError("an annotation holds 0 and 1 alone: turn its labels into a mask first (labels > 0)")
 
-
+# %% ../../nbs/evaluation/scores.ipynb #d69e3011
 def empty_side(hard: np.ndarray, t: np.ndarray) -> str:
     "Which of two masks holds nothing: '', 'annotation', 'prediction' (each alone) or 'both'."
     marked = (bool(hard.any()), bool(t.any()))
@@ -100,7 +100,7 @@ def voxel_edges(ct: HeadCT) -> tuple[float, float, float] | None:
         return None
     return ct.spacing[0], ct.spacing[1], float(np.diff(ct.positions).mean())
 
-
+# %% ../../nbs/evaluation/scores.ipynb #69d06059
 def upright(mask: np.ndarray, ct: HeadCT) -> np.ndarray:
     "A mask (X, Y, Z) of a tilted scan, its slices shifted to the nearest pixel so that they lie above each other."
     shift = (ct.corners - ct.corners[0]) @ (ct.affine[:3, :2] / np.square(ct.spacing[:2]))
@@ -146,7 +146,7 @@ def hausdorff(there: np.ndarray, back: np.ndarray, percentile: float = 95.0) -> 
         return math.nan
     return float(max(np.percentile(there, percentile), np.percentile(back, percentile)))
 
-
+# %% ../../nbs/evaluation/scores.ipynb #776ea2ba
 def surface_scores(hard: np.ndarray, t: np.ndarray, ct: HeadCT | None, tolerance_mm: float | None = None) -> dict[str, float]:
     """nsd, its tolerance_mm, and hd95_mm of two masks; NaN where the scan does not say.
 
@@ -190,7 +190,7 @@ def lesion_counts(hard: np.ndarray, t: np.ndarray, slice_ml: np.ndarray | None =
     touching[guesses[lesions > 0]] = True
     return int((counted & found).sum()), int((serious & ~touching).sum()), int((counted & ~found).sum())
 
-
+# %% ../../nbs/evaluation/scores.ipynb #5622426f
 def share(part: int, rest: int) -> float:
     "part / (part + rest); NaN where both are 0."
     return part / (part + rest) if part + rest else math.nan
@@ -207,7 +207,7 @@ def slice_counts(hard: np.ndarray, t: np.ndarray) -> tuple[int, int, int, int]:
     tp, fp, fn, tn = (int(n.sum()) for n in (called & blood, called & ~blood, ~called & blood, ~called & ~blood))
     return tp, fp, fn, tn
 
-
+# %% ../../nbs/evaluation/scores.ipynb #6f88db84
 def detection_scores(hard: np.ndarray, t: np.ndarray, slice_ml: np.ndarray | None) -> dict[str, float | int]:
     "lesion_* (f1, tp, fp, fn) and slice_* (sensitivity, specificity, tp, fp, fn, tn) of two masks."
     lesions, slices = lesion_counts(hard, t, slice_ml), slice_counts(hard, t)
@@ -221,7 +221,7 @@ def voxel_ml_by_slice(ct: HeadCT | None) -> np.ndarray | None:
     "mL of a voxel, slice by slice (Z,); None where it is not known: no spacing, or a single slice."
     return None if ct is None or ct.hu.shape[2] < 2 else ct.slice_ml
 
-
+# %% ../../nbs/evaluation/scores.ipynb #1f4bf433
 def volumes(p: np.ndarray, t: np.ndarray, slice_ml: np.ndarray | None) -> dict[str, float]:
     "volume_ml (annotated), predicted_ml (sum of `p`), predicted_hard_ml (p >= 0.5), in mL; NaN where unknown."
     marked = {"volume_ml": t, "predicted_ml": p, "predicted_hard_ml": p >= 0.5}
@@ -256,7 +256,7 @@ def surface_heading(patients: pd.DataFrame) -> str:
     known = patients["tolerance_mm"].dropna().unique() if "tolerance_mm" in patients else []
     return f"surface Dice, {' to '.join(f'{mm:g}' for mm in sorted({min(known), max(known)}))} mm" if len(known) else "surface Dice"
 
-
+# %% ../../nbs/evaluation/scores.ipynb #ba22a20f
 def summarize(scores: pd.Series) -> dict[str, float | int | None]:
     "n, missing, mean, sd (n - 1), median of a column of scores; None where there is nothing to average."
     known = scores.dropna()

@@ -43,7 +43,7 @@ class Result:
         facts = [(name.replace("_", " "), _words(value)) for name, value in self.facts().items() if value != ""]
         return table_markdown(pd.DataFrame(facts, columns=["", ""]))
 
-
+# %% ../../nbs/evaluation/statistics.ipynb #44b6f0c7
 @dataclass(frozen=True)
 class Finding(Result):
     "What `n` patients say, without those `dropped` for a missing score; `note`: why something could not be computed."
@@ -52,7 +52,7 @@ class Finding(Result):
     dropped: int
     note: str = field(default="", kw_only=True)
 
-
+# %% ../../nbs/evaluation/statistics.ipynb #7429f00f
 def _words(value: Any) -> str:
     "A value for readers: four digits that count, an interval as `a to b`, a dash for what is not known."
     if value is None:
@@ -75,7 +75,7 @@ def complete(*columns: ArrayLike) -> tuple[list[np.ndarray], int]:
     known = ~np.isnan(arrays).any(axis=0)
     return [array[known] for array in arrays], int((~known).sum())
 
-
+# %% ../../nbs/evaluation/statistics.ipynb #a22a0f88
 def too_few(n: int) -> str:
     "Why there is no p value, or nothing."
     return f"n = {n}: too few for a p value" if n <= FEW else ""
@@ -85,7 +85,7 @@ def compared(runs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     "Runs that enter statistics and claims: of the main network, on all training patients of a fold, without extras."
     return [run for run in runs if not (run.get("extras") or run.get("network") or run.get("patients"))]
 
-
+# %% ../../nbs/evaluation/statistics.ipynb #1bdf5730
 def strategies(patients: pd.DataFrame) -> pd.Series:
     "The strategy of each row, such as cp-lora-r8-decoding: its run without the seed, else from the columns of its parts."
     if "run" in patients:
@@ -97,7 +97,7 @@ def strategies(patients: pd.DataFrame) -> pd.Series:
             names += patients[column].map(lambda value: "" if pd.isna(value) or value == "" else form.format(value))
     return names
 
-
+# %% ../../nbs/evaluation/statistics.ipynb #c0b07d51
 def scored(patients: pd.DataFrame, score: str = "dice_soft", role: str = "test") -> pd.DataFrame:
     "Rows of one role with their strategy. Raises: ValueError for a missing column or a patient scored twice."
     if lacking := sorted({score, "method", "rank", "region", "seed", "patient"} - set(patients.columns)):
@@ -116,7 +116,7 @@ def patient_scores(patients: pd.DataFrame, score: str = "dice_soft", role: str =
     wide = rows.pivot_table(index="patient", columns="strategy", values=score, aggfunc="mean", dropna=False)
     return wide.reindex(columns=list(dict.fromkeys(rows.strategy))).astype(float)
 
-
+# %% ../../nbs/evaluation/statistics.ipynb #effa7e39
 def seed_spread(patients: pd.DataFrame, score: str = "dice_soft", role: str = "test") -> pd.DataFrame:
     """Per strategy: seeds, SD over seeds of the mean over patients, SD over patients of the mean over seeds.
 
@@ -160,7 +160,7 @@ class Summary(Result):
     interval: Interval
     note: str = ""
 
-
+# %% ../../nbs/evaluation/statistics.ipynb #481131bc
 def describe(x: ArrayLike, seed: int = 0, level: float = 0.95) -> Summary:
     "n, missing, mean, SD (n - 1), median, quartiles (linear, R's type 7), BCa interval of the mean over patients."
     (known,), missing = complete(x)
@@ -181,7 +181,7 @@ def _row(summary: Summary) -> dict[str, Any]:
     return {**{name: value for name, value in summary.facts().items() if name not in ("interval", "note")},
             "low": low, "high": high, "note": summary.note}
 
-
+# %% ../../nbs/evaluation/statistics.ipynb #440a875e
 def summary_table(patients: pd.DataFrame, score: str = "dice_soft", role: str = "test") -> pd.DataFrame:
     "Per strategy the summary over patients (mean over seeds), interval as low and high, and the seeds' spread."
     wide = patient_scores(patients, score, role)
@@ -214,7 +214,7 @@ def signed_ranks(d: np.ndarray) -> np.ndarray:
     d = np.round(d, 12)
     return np.sign(d) * stats.rankdata(np.abs(d))
 
-
+# %% ../../nbs/evaluation/statistics.ipynb #b97d0857
 @lru_cache(maxsize=256)
 def _null(doubled: tuple[int, ...]) -> np.ndarray:
     "Probability of each sum of doubled ranks, each taken or not with probability 1/2."
@@ -223,7 +223,7 @@ def _null(doubled: tuple[int, ...]) -> np.ndarray:
         p = 0.5 * (np.pad(p, (0, rank)) + np.pad(p, (rank, 0)))
     return p
 
-
+# %% ../../nbs/evaluation/statistics.ipynb #c71d5f47
 def signed_rank_tails(d: np.ndarray) -> tuple[float, float]:
     "P(W+ as large or larger), P(as small or smaller) without an effect: exact to 200 differences, then normal."
     ranks = signed_ranks(d)
@@ -265,7 +265,7 @@ class Paired(Finding):
     rank_biserial: float | None
     sd: float | None
 
-
+# %% ../../nbs/evaluation/statistics.ipynb #731c45a2
 def paired(x: ArrayLike, y: ArrayLike, level: float = 0.95) -> Paired:
     "Wilcoxon's signed-rank test of x - y (zeros: Pratt), difference, interval, rank-biserial. Raises: ValueError."
     (one, other), dropped = complete(x, y)
@@ -296,7 +296,7 @@ class Omnibus(Finding):
     p: float | None
     kendall_w: float | None
 
-
+# %% ../../nbs/evaluation/statistics.ipynb #9790236e
 def friedman(scores: pd.DataFrame) -> Omnibus:
     "Friedman's chi-square over columns (3 or more), corrected for ties; rows with a missing score are dropped."
     columns, dropped = complete(*scores.to_numpy(float).T)
@@ -319,7 +319,7 @@ class Comparison:
     p_holm: float | None
     significant: bool
 
-
+# %% ../../nbs/evaluation/statistics.ipynb #6a40a445
 @dataclass(frozen=True)
 class Comparisons(Result):
     "All comparisons of one question, which share one error rate `alpha`."
@@ -362,7 +362,7 @@ def power(n: float, difference: float, sd: float = 1.0, alpha: float = 0.05, eff
     shift, bound = difference / sd * math.sqrt(effective), stats.t.ppf(1 - alpha / 2, effective - 1)
     return float(stats.nct.sf(bound, effective - 1, shift) + stats.nct.sf(bound, effective - 1, -shift))
 
-
+# %% ../../nbs/evaluation/statistics.ipynb #1475528c
 def smallest_difference(n: int, sd: float = 1.0, wanted: float = 0.8, alpha: float = 0.05,
                         efficiency: float = 3 / math.pi) -> float | None:
     """Smallest difference that `n` patients show with probability `wanted`; None for 5 patients or fewer.
@@ -419,7 +419,7 @@ class Correlation(Finding):
     interval: Interval
     p: float | None
 
-
+# %% ../../nbs/evaluation/statistics.ipynb #f1870484
 @lru_cache(maxsize=4)
 def _orders(n: int) -> np.ndarray:
     "All orders of n things, (n!, n)."
@@ -460,7 +460,7 @@ class Trend(Finding):
     p_rising: float | None
     p_falling: float | None
 
-
+# %% ../../nbs/evaluation/statistics.ipynb #fcac41f1
 def page_trend(scores: pd.DataFrame) -> Trend:
     "Page's test over columns in the order in which scores should rise (3 or more). Source: Page 1963."
     columns, dropped = complete(*scores.to_numpy(float).T)
@@ -490,7 +490,7 @@ class BlandAltman(Finding):
     slope_interval: Interval = None
     slope_p: float | None = None
 
-
+# %% ../../nbs/evaluation/statistics.ipynb #0e4cd5a8
 def _limit(n: int, factor: float, level: float, exact: bool) -> tuple[float, float]:
     "Interval of mean + factor sd, in units of the sample's sd around its mean."
     tails = np.array([(1 - level) / 2, (1 + level) / 2])
@@ -532,7 +532,7 @@ class Agreement(Finding):
     value: float | None
     interval: Interval
 
-
+# %% ../../nbs/evaluation/statistics.ipynb #a0c69b2f
 def concordance(x: ArrayLike, y: ArrayLike, level: float = 0.95) -> Agreement:
     "Lin's concordance with variances over n. Source: Lin 1989, Biometrics 45:255; 2000, 56:324. Raises: ValueError."
     (one, other), dropped = complete(x, y)

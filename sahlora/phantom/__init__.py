@@ -66,7 +66,7 @@ def paint_inside(on: Canvas, inside: Inside, kind: str, seed: int, index: int, w
     more = {"csf": brain.subarachnoid, "ventricle": brain.ventricle, "mid": brain.mid, "height": brain.height}
     return Inside(inside.p, inside.d, {**inside.fields, **more}, inside.ins), {"brain": brain, "plan": plan}
 
-
+# %% ../../nbs/phantom/cases.ipynb #4ec092d1
 def make_head(kind: str, seed: int, index: int, tilt: float | None = None) -> Head:
     "Build the patient of a case on the fine lattice; `tilt` (degrees) overrides the one drawn, the patient stays."
     who = draw_patient(kind, seed, index)
@@ -106,7 +106,7 @@ def petrous_band(tilt: float) -> np.ndarray:
     along += 0.5 * np.exp(-(((v - 14) / 4) ** 2))
     return ((along * np.exp(-(((w + 18) / 9) ** 2)))[:, :, None] * np.exp(-((at.u / 34) ** 2))).astype(np.float32)
 
-
+# %% ../../nbs/phantom/cases.ipynb #cafc462e
 def beam(head: Head, strength: float, psf_mm: float) -> np.ndarray:
     "28 slices on the fine pixels: blurred, brighter under bone (cupping), a dark band between the petrous bones."
     d = thick(head.depth)
@@ -157,7 +157,7 @@ def case_info(head: Head, mask: np.ndarray, voxel_ml: float, sigma: float, offse
         "atrophy": round(head.who.atrophy, 3), "noise_hu": round(sigma, 2), "offset_hu": round(offset, 2),
     }
 
-
+# %% ../../nbs/phantom/cases.ipynb #56886cb7
 def scan_head(head: Head, kind: str, seed: int, index: int, grid: tuple[int, int], slices: int) -> PhantomCase:
     "Image a head: HU and mask on the grid, the middle `slices` of 28."
     g = stream(kind, seed, index, "scanner")

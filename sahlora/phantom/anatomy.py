@@ -31,7 +31,7 @@ def fossae(p: Points) -> np.ndarray:
     ridge = np.abs(y - 8 - 0.62 * (ax - 12)) * 0.85 - np.clip((-5 - z) * 0.5, -9, 9)
     return np.where((ax > 9) & (z < -4), np.minimum(both, ridge), both)
 
-
+# %% ../../nbs/phantom/anatomy.ipynb #19a149ab
 def floor_height(p: Points) -> np.ndarray:
     "Height (mm) of the vault's floor: orbital roofs bulge up in front, gyri recti lie low between them."
     x, y, _ = p
@@ -93,7 +93,7 @@ class Canvas:
         self.hu += fraction * ((HU[name] if hu is None else hu) - self.hu)
         self.tissue[fraction > 0.5] = TISSUES.index(name)
 
-
+# %% ../../nbs/phantom/anatomy.ipynb #15158643
 def blank(shape: tuple[int, ...]) -> Canvas:
     "A canvas full of air."
     return Canvas(np.full(shape, HU["air"], np.float32), np.zeros(shape, np.uint8))
@@ -114,7 +114,7 @@ def swelling(p: Points, blow: tuple[Vec, float] | None) -> np.ndarray | float:
     "Thickness (mm) that a blow (site and most mm) adds to the scalp; 0 without one."
     return blow[1] * np.exp(-((distance(p, blow[0]) / 26) ** 2)) if blow else 0.0
 
-
+# %% ../../nbs/phantom/anatomy.ipynb #9b986656
 def skin_depth(p: Points, outer: np.ndarray, swollen: np.ndarray | float = 0.0) -> np.ndarray:
     "Depth (mm) below the skin, from that below the outer table: scalp (more of it where swollen), face and neck."
     x, y, z = p
@@ -124,7 +124,7 @@ def skin_depth(p: Points, outer: np.ndarray, swollen: np.ndarray | float = 0.0) 
     neck = np.minimum(62 - np.hypot(x * 0.95, y - 32), -18 - z)
     return smooth_max(smooth_max(scalp, face, 8), neck, 8)
 
-
+# %% ../../nbs/phantom/anatomy.ipynb #ccc378f7
 def ear_depth(p: Points) -> np.ndarray:
     "Depth (mm) in the auricles: thin plates that stand off to the back."
     x, y, z = p
@@ -173,7 +173,7 @@ def paint_petrous(on: Canvas, p: Points, d: np.ndarray, noise: dict[str, np.ndar
     arch, ramus = capsule(q, (66, -42, -24), 2.0, (66, 2, -22), 2.4), capsule(q, (50, 9, -27), 4.5, (49, -4, -62), 3.5)
     on.paint(np.minimum(np.maximum(arch, ramus), outside - 2), "table", 900.0)
 
-
+# %% ../../nbs/phantom/anatomy.ipynb #1f9c9ded
 def paint_sphenoid(on: Canvas, p: Points, d: np.ndarray, noise: dict[str, np.ndarray]) -> None:
     "Sphenoid body with sinuses and sella, clinoid processes, clivus."
     x, y, z = p
@@ -250,7 +250,7 @@ def fold_lattice(rng: np.random.Generator, step: float = 10.0, mm: float = 2.5) 
     slope = np.sqrt(sum(q * q for q in np.gradient(g, mm)))
     return g / np.maximum(slope, np.float32(0.3) * slope.mean())
 
-
+# %% ../../nbs/phantom/anatomy.ipynb #ab66bdf0
 def fold_distance(p: Points, lattice: np.ndarray, bend: np.ndarray, mm: float = 2.5) -> np.ndarray:
     "Distance (mm) to the nearest sheet, read where the point's ray, bent a little, meets a sphere of 60 mm."
     q = [(p[0] + 3 * bend) / RADII[0], (p[1] - 15 - 3 * bend) / RADII[1], (p[2] - 20) / RADII[2]]
@@ -290,7 +290,7 @@ def midbrain(p: Points) -> np.ndarray:
     whole = ellipsoid((x * (1 + 0.22 * np.clip((y - 17) / 14, 0, 1)), y, z), (0, 20, 2), (17, 12.5, 16))
     return np.minimum(whole, -capsule(p, (0, 4, -12), 3.2, (0, 7.5, 12), 2.6))
 
-
+# %% ../../nbs/phantom/anatomy.ipynb #b82a7c64
 def cisterns(p: Points, wide: float | np.ndarray) -> np.ndarray:
     "Depth (mm) in the basal cisterns: suprasellar star, interpeduncular, prepontine, ambient and quadrigeminal."
     x, y, z = p
@@ -384,7 +384,7 @@ def hindbrain(p: Points, d: np.ndarray, who: Patient, height: np.ndarray, rough:
     vallecula = 1.3 + who.atrophy - np.hypot(p[0] - rough, 0.35 * (np.abs(p[1] - 92)))
     return [stem, cerebellum, vallecula]
 
-
+# %% ../../nbs/phantom/anatomy.ipynb #092c3b1a
 def build_brain(
     p: Points, d: np.ndarray, who: Patient, folds: np.ndarray, noise: dict[str, np.ndarray],
     hydrocephalus: float = 0.0, x_dura: np.ndarray | None = None,
@@ -422,7 +422,7 @@ def paint_cerebellum(on: Canvas, p: Points, who: Patient, b: Brain, noise: dict[
     on.paint(medulla + 1.5 * noise["rough"], "cerebellum", HU["white"] + 3 - 3 * slit, blur=5.0)
     on.paint(b.stem, "stem", HU["stem"] + 1.2 * noise["texture"], blur=3.0)
 
-
+# %% ../../nbs/phantom/anatomy.ipynb #4b9e246c
 def paint_brain(on: Canvas, p: Points, d: np.ndarray, who: Patient, b: Brain, noise: dict[str, np.ndarray]) -> None:
     "White matter, cortical ribbon, deep nuclei, cerebellum with folia, brainstem, CSF, falx and tentorium."
     q = (np.abs(p[0]), p[1], p[2])

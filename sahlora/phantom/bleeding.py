@@ -46,7 +46,7 @@ class Inside:
         full.ravel()[self.ins] = values
         return full
 
-
+# %% ../../nbs/phantom/bleeding.ipynb #55e740d9
 def pack(p: Points, d: np.ndarray, noise: dict[str, np.ndarray]) -> Inside:
     "The lattice's points less than 1 mm outside the cavity, or in it."
     ins = np.flatnonzero(d > -1)
@@ -65,7 +65,7 @@ def grow_size(shape: Shape, inside: Inside, ml: float, low: float, high: float) 
         low, high = (size, high) if small else (low, size)
     return (low + high) / 2
 
-
+# %% ../../nbs/phantom/bleeding.ipynb #48ff32ea
 def fit_volume(depth: np.ndarray, ml: float, most: float = 1.2) -> np.ndarray:
     "The depth shifted by at most `most` mm, so that the points inside hold `ml`."
     k = int(np.clip(round(ml / FINE_ML), 1, len(depth)))
@@ -107,7 +107,7 @@ def disagreement(slices: np.ndarray) -> float:
     pixels = [np.count_nonzero(drawn_share(slices, g) >= 0.5) * (FINE[1] * FINE[2] / (g[0] * g[1])) for g in CHECKED]
     return max(abs(n / true - 1) for n in pixels)
 
-
+# %% ../../nbs/phantom/bleeding.ipynb #18b319c9
 def steady(part: np.ndarray, inside: Inside, enough: float = 0.02, large_ml: float = 60.0) -> np.ndarray:
     "The voxel fraction (packed), its edge nudged so that its volume is the same on every grid; large bleeds stay."
     if part.sum() * FINE_ML > large_ml:
@@ -143,7 +143,7 @@ class Lesion:
     spots: tuple[tuple[Vec, float], ...] = ()
     stretch: Vec = (0.85, 1.25, 1.0)
 
-
+# %% ../../nbs/phantom/bleeding.ipynb #36882406
 def outward(site: Vec) -> Vec:
     "Unit vector from the middle of the brain to a site."
     v = np.subtract(site, (0, 15, 18))
@@ -161,7 +161,7 @@ def room(inside: Inside, lesion: Lesion) -> np.ndarray:
         depth = np.minimum(depth, lesion.side * inside.fields["mid"] - 0.8)
     return depth
 
-
+# %% ../../nbs/phantom/bleeding.ipynb #0a9d4d8e
 def epidural(inside: Inside, lesion: Lesion, size: float) -> np.ndarray:
     "A biconvex lens `size` mm thick at the inner table; it crosses neither a suture nor the tentorium."
     foot = 6 + 1.6 * size
@@ -180,7 +180,7 @@ def crescent(inside: Inside, lesion: Lesion, size: float) -> np.ndarray:
     edge = np.minimum(lesion.side * inside.fields["mid"] - 1.5, inside.fields["height"] - 1)
     return np.minimum(rind, np.minimum(inside.d - 1.0, np.minimum(edge, 60 * (1 - near))))
 
-
+# %% ../../nbs/phantom/bleeding.ipynb #834314b8
 def subdural(inside: Inside, lesion: Lesion, size: float) -> np.ndarray:
     "A crescent, and the layer on falx or tentorium that the lesion asks for; all on one side of the falx."
     depth, f, layer = crescent(inside, lesion, size), inside.fields, float(np.clip(0.25 * size, 3.6, 6))
@@ -207,7 +207,7 @@ def contusion(inside: Inside, lesion: Lesion, size: float) -> np.ndarray:
     ragged = blob + (0.26 * size + 0.8) * f["rough"] + 0.14 * size * f["wave"] + 0.4 * f["texture"]
     return np.minimum(ragged, np.minimum(inside.d - 2.2, lesion.side * f["mid"] - 1.5))
 
-
+# %% ../../nbs/phantom/bleeding.ipynb #55f9cd32
 def intraparenchymal(inside: Inside, lesion: Lesion, size: float) -> np.ndarray:
     "A lobulated clot of about `size` mm inside the brain."
     lobes = size - distance(inside.p, lesion.site, lesion.stretch) + 0.24 * size * inside.fields["wave"]
@@ -220,7 +220,7 @@ def convexity(inside: Inside, lesion: Lesion, size: float) -> np.ndarray:
     filled = np.minimum(inside.fields["csf"] + 0.7, inside.d - DURA_MM - 0.2)
     return np.minimum(np.minimum(filled, near), inside.fields["height"])
 
-
+# %% ../../nbs/phantom/bleeding.ipynb #77536f0a
 SHAPES = {  # kind: shape, largest size in mm, largest mL, mean HU of pure blood
     "epidural": (epidural, 45.0, 110.0, 57.0), "subdural": (subdural, 30.0, 150.0, 52.5),
     "contusion": (contusion, 30.0, 55.0, 52.0), "intraparenchymal": (intraparenchymal, 40.0, 80.0, 52.5),
@@ -285,7 +285,7 @@ def add_blood(
         found[other] = found[other] * (1 - part)
     found[name] = found.get(name, 0) + part
 
-
+# %% ../../nbs/phantom/bleeding.ipynb #024e2574
 def bleed_trauma(on: Canvas, inside: Inside, lesions: Sequence[Lesion], brain: Brain) -> dict[str, np.ndarray]:
     "Paint the lesions of a TBI case, all oedema before any blood; returns the voxel fraction of each type."
     depths = [lesion_depth(inside, lesion) for lesion in lesions]
@@ -363,7 +363,7 @@ def lattice_graph(csf: np.ndarray, nodes: np.ndarray, slowest: float) -> sparse.
     parts = (np.concatenate(lengths), (np.concatenate(rows), np.concatenate(columns)))
     return sparse.csr_matrix(parts, shape=(nodes.sum(),) * 2)
 
-
+# %% ../../nbs/phantom/bleeding.ipynb #7c331f67
 def geodesic(csf: np.ndarray, source: tuple[int, int, int], slowest: float = 0.18) -> np.ndarray:
     "Path length (mm of CSF) from a voxel on a 2.5 mm lattice whose CSF depths (mm) are `csf`; 400 where none leads."
     nodes = csf > -3.5
@@ -396,7 +396,7 @@ def flow(inside: Inside, size: float) -> np.ndarray:
     f = inside.fields
     return min(size, FARTHEST_MM) - f["arrival"] + 3 * f["rough"] + 8 * f["wave"]
 
-
+# %% ../../nbs/phantom/bleeding.ipynb #b8f2366b
 def flood(inside: Inside, size: float) -> np.ndarray:
     "Depth (mm) of subarachnoid blood: distended CSF behind the front."
     behind = flow(inside, size)
@@ -417,7 +417,7 @@ def settle(inside: Inside, size: float) -> np.ndarray:
     "Depth (mm) of blood that stands `size` mm high in the ventricles; field `below`: mm under their lowest point, < 0."
     return np.minimum(inside.fields["ventricle"] + 0.4, inside.fields["below"] + size)
 
-
+# %% ../../nbs/phantom/bleeding.ipynb #49cfd882
 def with_level(inside: Inside, at: Frame) -> Inside:
     "The same points with the field `below`."
     low = gravity(at).ravel()[inside.ins]
@@ -455,7 +455,7 @@ def draw_clot(g: np.random.Generator, artery: str, side: int, ml: float) -> Lesi
     x, y, z = (float(c + e) for c, e in zip(site, g.normal(0, (0.5, 2, 1.5))))
     return Lesion("clot", ml, side, (side * x, y, z), float(g.normal(54.5, 2)), stretch=stretch)
 
-
+# %% ../../nbs/phantom/bleeding.ipynb #08d0ed36
 def plan_bleed(seed: int, index: int) -> Bleed:
     "What an aSAH case bleeds; a quarter or so of the cases in each of the paper's volume bins."
     g = stream("asah", seed, index, "plan")
@@ -476,7 +476,7 @@ def thinned(hu: float, share: np.ndarray | float) -> np.ndarray | float:
     "HU of blood of which `share` is blood and the rest CSF."
     return HU["csf"] + (hu - HU["csf"]) * share
 
-
+# %% ../../nbs/phantom/bleeding.ipynb #28b0ea70
 def flood_depth(inside: Inside, ml: float) -> tuple[np.ndarray, float]:
     "Depth (mm, packed) of `ml` of subarachnoid blood, and how far it has run (mm); field `arrival` is needed."
     size = grow_size(flood, inside, 1.08 * ml, 2.0, 650.0)  # rounding takes some away
@@ -492,7 +492,7 @@ def clot_depth(inside: Inside, clot: Lesion | None) -> np.ndarray:
     size = grow_size(lambda few, s: intraparenchymal(few, clot, s), inside, clot.ml, 0.5, 45.0)
     return fit_volume(rounded(intraparenchymal(inside, clot, size), inside), clot.ml)
 
-
+# %% ../../nbs/phantom/bleeding.ipynb #c6d561b9
 def bleed_aneurysm(on: Canvas, inside: Inside, at: Frame, bleed: Bleed) -> dict[str, np.ndarray]:
     "Paint the blood of an aSAH case, denser near its source; returns the voxel fraction (packed) of each type."
     clot, texture = clot_depth(inside, bleed.clot), inside.fields["texture"]

@@ -69,7 +69,7 @@ def stream(kind: str, seed: int, index: int, component: str) -> np.random.Genera
     key = hashlib.blake2b(f"{kind}/{seed}/{index}/{component}".encode(), digest_size=16).digest()
     return np.random.default_rng(int.from_bytes(key, "little"))
 
-
+# %% ../../nbs/phantom/lattice.ipynb #e6f06769
 def quantile(kind: str, seed: int, index: int, component: str) -> float:
     "A number in [0, 1) that covers the interval evenly as `index` grows: (offset + index * step) modulo 1."
     return float((stream(kind, seed, -1, component).random() + index * STEPS[component]) % 1.0)
@@ -92,7 +92,7 @@ class Frame:
     u: np.ndarray
     tilt: float
 
-
+# %% ../../nbs/phantom/lattice.ipynb #c3a8acbe
 def frame(tilt: float) -> Frame:
     "The lattice under a gantry tilt in degrees; heights are perpendicular to the slices."
     w, row, u = ((np.arange(n) - (n - 1) / 2) * mm for n, mm in zip(FINE, FINE_MM))
@@ -122,7 +122,7 @@ def bspline(mm: np.ndarray, step: float, half: float) -> sparse.csr_array:
     columns = taps + n * np.arange(len(t))[:, None, None]
     return sparse.csr_array((weights.ravel(), columns.ravel(), 4 * np.arange(t.size + 1)), shape=(t.size, n * len(t)))
 
-
+# %% ../../nbs/phantom/lattice.ipynb #459deca8
 def smooth_noise(at: Frame, rng: np.random.Generator, step: float) -> np.ndarray:
     "Unit-variance noise of wavelength about 3 `step` (mm) on the frame's lattice: (planes, rows, columns)."
     w, v, u = bspline(at.w, step, 70), bspline(at.v, step, 128), bspline(at.u, step, 80)
@@ -150,13 +150,13 @@ def vec(values: Iterable[float]) -> Vec:
     x, y, z = map(float, values)
     return x, y, z
 
-
+# %% ../../nbs/phantom/lattice.ipynb #59c6935c
 def each(change: Callable[[np.ndarray], np.ndarray], p: Points) -> Points:
     "The same done to all three coordinates."
     x, y, z = map(change, p)
     return x, y, z
 
-
+# %% ../../nbs/phantom/lattice.ipynb #317d5dc0
 def ellipsoid(p: Points, centre: Vec, radii: Vec, bulge: float = 0.0) -> np.ndarray:
     "Depth (mm) below an ellipsoid's surface: k0 (1 - k0) / k1, first order at the surface; `bulge` makes it boxier."
     a, b, c = (((q - m) / r) ** 2 for q, m, r in zip(p, centre, radii))
@@ -165,7 +165,7 @@ def ellipsoid(p: Points, centre: Vec, radii: Vec, bulge: float = 0.0) -> np.ndar
     k1 = np.sqrt(a / radii[0] ** 2 + b / radii[1] ** 2 + c / radii[2] ** 2) + 1e-6 / max(radii)
     return k0 * (1 - k0) / k1
 
-
+# %% ../../nbs/phantom/lattice.ipynb #a2786029
 def capsule(p: Points, start: Vec, r0: float, end: Vec, r1: float) -> np.ndarray:
     "Depth (mm) below a rounded cone from `start` (radius r0) to `end` (radius r1)."
     axis = [b - a for a, b in zip(start, end)]
@@ -173,7 +173,7 @@ def capsule(p: Points, start: Vec, r0: float, end: Vec, r1: float) -> np.ndarray
     t = np.clip(sum(o * d for o, d in zip(off, axis)) / sum(d * d for d in axis), 0, 1)
     return r0 + (r1 - r0) * t - np.sqrt(sum((o - t * d) ** 2 for o, d in zip(off, axis)))
 
-
+# %% ../../nbs/phantom/lattice.ipynb #a0f9df36
 def distance(p: Points, site: Vec, stretch: Vec = (1, 1, 1)) -> np.ndarray:
     "Distance (mm) from a site, with axes stretched."
     return np.sqrt(sum(((q - c) / s) ** 2 for q, c, s in zip(p, site, stretch)))
@@ -207,7 +207,7 @@ class Patient:
     tilt: float
     skew: float = 0.0
 
-
+# %% ../../nbs/phantom/lattice.ipynb #5cce5c43
 def draw_patient(kind: str, seed: int, index: int) -> Patient:
     "The patient of a case; half of the scans are tilted, by 5 to 20 degrees."
     g = stream(kind, seed, index, "patient")
@@ -244,7 +244,7 @@ def thick(planes: np.ndarray) -> np.ndarray:
     "Average pairs of 2.5 mm planes into 5 mm slices."
     return 0.5 * (planes[0::2] + planes[1::2])
 
-
+# %% ../../nbs/phantom/lattice.ipynb #6343f924
 def resampling(fine: int, n: int, smooth: bool = True) -> sparse.csr_array:
     "Weights (n, fine) from `fine` samples to n over the same length: area average; linear upwards if `smooth`."
     edges = np.arange(n + 1) * (fine / n)
@@ -256,7 +256,7 @@ def resampling(fine: int, n: int, smooth: bool = True) -> sparse.csr_array:
         weights = np.clip(1 - np.abs(middle[:, None] - np.arange(fine)), 0, None)
     return sparse.csr_array((weights / weights.sum(1, keepdims=True)).astype(np.float32))
 
-
+# %% ../../nbs/phantom/lattice.ipynb #85308df6
 def regrid(planes: np.ndarray, grid: tuple[int, int], smooth: bool = True) -> np.ndarray:
     "(planes, rows, columns) of the fine lattice to (planes, grid[1], grid[0])."
     n = len(planes)

@@ -61,7 +61,7 @@ def line_of_text(words: Sequence[tuple[str, str]], width: int, height: int = 16,
         x += draw.textlength(word + "  ", font=font)
     return np.asarray(strip)
 
-
+# %% ../../nbs/prediction/viewer.ipynb #8b8eee81
 def slice_words(ct: HeadCT, k: int) -> str:
     "Number of slice `k` (from 1), and where it lies along the slices' normal."
     return f"{k + 1}/{ct.hu.shape[2]}  {ct.positions[k]:.1f} mm"

@@ -113,7 +113,7 @@ def _stem(path: Path) -> str:
 
 _OURS = ("cases.csv", "run.json")  # names that no case may have
 
-
+# %% ../../nbs/prediction/cases.ipynb #4b5d6789
 def _free_name(name: str, taken: set[str]) -> str:
     "The name, with a number where it is taken; `taken` (in lower case) then holds it."
     names = [name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))]
@@ -165,7 +165,7 @@ def _spacing_words(ct: HeadCT) -> str:
     stacks = "+".join(f"{stack_spacing(ct.positions, stack):.3g}" for stack in ct.stacks)
     return f"{ct.spacing[0]:.3g}x{ct.spacing[1]:.3g}x{stacks}"
 
-
+# %% ../../nbs/prediction/cases.ipynb #2456bb95
 def case_row(name: str, source: str | Path, p: Prediction, warnings: Sequence[str] = ()) -> dict[str, Any]:
     "A case's line of cases.csv (columns: CASE_COLUMNS); volumes in mL, spacing in mm, tilt in degrees."
     ct = p.ct
@@ -176,7 +176,7 @@ def case_row(name: str, source: str | Path, p: Prediction, warnings: Sequence[st
         "seconds": round(p.seconds, 2), "warnings": plain_text("; ".join((*p.flags, *warnings))), "error": "",
     }
 
-
+# %% ../../nbs/prediction/cases.ipynb #5a0b8d14
 def failed_row(name: str, source: str | Path, error: Exception) -> dict[str, Any]:
     "The same for a case that could not be predicted: why, on one line."
     words = plain_words(error) if isinstance(error, OSError) else str(error)
@@ -207,7 +207,7 @@ def _replace_files(folder: Path, part: Path) -> None:
     for name in (*sorted(new), "case.json"):
         os.replace(part / name, folder / name)
 
-
+# %% ../../nbs/prediction/cases.ipynb #a07855e7
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     "A temporary folder that, when all went well, becomes `folder` or replaces the case in it."
@@ -228,7 +228,7 @@ class ReadOptions:
     fill_nan: bool = False
     allow_gaps: bool = False
 
-
+# %% ../../nbs/prediction/cases.ipynb #861d8f20
 @options
 class CaseOptions(ScanOptions):
     "How cases are predicted."
@@ -406,7 +406,7 @@ class CaseRun:
     def _repr_html_(self) -> str:
         return f"{self.table.to_html(index=False, na_rep='')}<p>{escape(CAUTION)}</p>"
 
-
+# %% ../../nbs/prediction/cases.ipynb #c3bdf94f
 def _table(rows: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     "Rows as a table in the order of their names."
     table = pd.DataFrame([rows[name] for name in sorted(rows)], columns=list(CASE_COLUMNS))
@@ -439,7 +439,7 @@ def _save(run: _Run, record: Mapping[str, Any]) -> None:
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no other case could be written either
 
-
+# %% ../../nbs/prediction/cases.ipynb #b2411a79
 def _run_all(run: _Run, todo: Mapping[str, Path], record: Mapping[str, Any]) -> None:
     "Predict case after case; the tables grow. Raises: for a full disk, or the error of a case alone."
     bar = tqdm(todo.items(), "cases", disable=run.alone or not run.progress, unit="case")

@@ -46,7 +46,7 @@ def is_synthetic(header: Mapping[str, Any]) -> bool:
     named = bool(patients) and all(re.fullmatch(r"(tbi|asah)-\d+-s\d+", str(patient)) for patient in patients)
     return bool(header.get("synthetic", named))
 
-
+# %% ../../nbs/prediction/models.ipynb #be00119d
 def _beside(adapter: str | Path, name: str) -> tuple[int, Path] | None:
     "Fold of an adapter-fold<k>.safetensors, and the file of its run called `name`; None without one. Raises: as `check_recorded`."
     path = Path(adapter)
@@ -57,7 +57,7 @@ def _beside(adapter: str | Path, name: str) -> tuple[int, Path] | None:
     check_recorded(other)
     return int(fold[1]), other
 
-
+# %% ../../nbs/prediction/models.ipynb #bc1c0741
 def run_beside(adapter: str | Path) -> dict[str, Any]:
     "What the fine-tuning run that wrote an adapter-fold<k>.safetensors says of it: strategy and patients; or nothing."
     if not (found := _beside(adapter, "run.json")):
@@ -93,7 +93,7 @@ def scores_beside(adapter: str | Path) -> pd.DataFrame | None:
     rows = read_scores(found[1])
     return rows[rows.fold == found[0]]
 
-
+# %% ../../nbs/prediction/models.ipynb #8b9cd3c4
 def read_scores(path: str | Path) -> pd.DataFrame:
     "Rows of a patients.csv, of patients that were not trained on. Raises: OSError; ValueError that names the file."
     try:
@@ -113,7 +113,7 @@ def score_headings(scores: pd.DataFrame) -> dict[str, str]:
     headings = {"dice_soft": "soft Dice", "dice_hard": "Dice", "nsd": surface_heading(scores), "hd95_mm": "HD95 in mm"}
     return {name: heading for name, heading in headings.items() if name in scores}
 
-
+# %% ../../nbs/prediction/models.ipynb #b61c82cf
 def volume_table(scores: pd.DataFrame) -> str:
     "Scores of patients by annotated mL as a Markdown table; the mean over all in the last row."
     columns = score_headings(scores)
@@ -136,7 +136,7 @@ def _trained_on(what: str, patients: Any, cohort: Any, synthetic: bool) -> str:
         "Head CT; see the source of the cohort for who they are, how they were scanned and who drew the masks."
     return f"- {what} was trained on {who}. {source}"
 
-
+# %% ../../nbs/prediction/models.ipynb #896f8990
 def data_lines(facts: Mapping[str, Any]) -> list[str]:
     "Who the weights were trained on."
     lines = [_trained_on("The network", facts["patients"], facts["cohort"], facts["from_phantom"])]
@@ -157,7 +157,7 @@ def what_lines(facts: Mapping[str, Any]) -> list[str]:
     weights = plain_text(facts["weights"]).replace("`", "'")
     return [*lines, f"- SHA-256 of the network's weights before merging: `{weights}`."]
 
-
+# %% ../../nbs/prediction/models.ipynb #e77d213f
 def input_lines(facts: Mapping[str, Any]) -> list[str]:
     "What goes in and what comes out."
     spec = facts["input"]
@@ -167,7 +167,7 @@ def input_lines(facts: Mapping[str, Any]) -> list[str]:
     return [f"- In: axial slices, front on top, {low:g} to {high:g} HU scaled to 0..1, one channel. Pixels it learnt: {pixels}{done}.",
             "- Out: one logit for each pixel; its sigmoid is the probability of blood, 0.5 the usual threshold."]
 
-
+# %% ../../nbs/prediction/models.ipynb #10017f7e
 def training_lines(facts: Mapping[str, Any]) -> list[str]:
     "How long and how it was trained."
     parts = {"Network": facts["training"]} | ({"Adapter": facts["adapter"]["strategy"]} if facts["adapter"] else {})
@@ -212,7 +212,7 @@ def shipped(kind: str = "model") -> dict[str, Path]:
     found = {name: WEIGHTS / f"{name}.safetensors" for name in ((NETWORK,) if kind == "model" else METHODS)}
     return {name: path for name, path in found.items() if path.is_file()}
 
-
+# %% ../../nbs/prediction/models.ipynb #bbcc73da
 def find_weights(name: str | Path, kind: str = "model") -> Path:
     """The file that `name` means: a file of that name, or a shipped model or adapter.
 
@@ -244,7 +244,7 @@ def _make_cohort(recipe: Mapping[str, Any], role: str, work: Path) -> Cohort:
     return make_phantom_cohort(work / role, **recipe[role], grid=tuple(recipe["grid"]),
                                slices=recipe["slices"], overwrite=True)
 
-
+# %% ../../nbs/prediction/models.ipynb #a3d509f0
 def make_network(recipe: Mapping[str, Any], work: Path, out: Path, quiet: bool = False) -> Path:
     "Pre-train the network of a recipe on its source cohort, in `work`; its file in `out`."
     source = _make_cohort(recipe, "source", work)
@@ -315,7 +315,7 @@ def _make_all(plan: Mapping[str, Any], out: Path, work: Path, quiet: bool) -> No
     with atomic_path(out / "README.md") as path:
         path.write_text(shipped_card(out), encoding="utf-8")
 
-
+# %% ../../nbs/prediction/models.ipynb #94064a59
 def make_models(out: str | Path, work: str | Path, recipe: str | Path | None = None, quiet: bool = False,
                 overwrite: bool = False) -> pd.DataFrame:
     """Train network and adapters of a recipe, score them and write their model card, to `out`; the scores.
@@ -368,7 +368,7 @@ def _tensor(words: str, form: str, step: int, span: list[float], **more: Any) ->
     return {"type": "image", "format": form, **more, "num_channels": 1, "spatial_shape": [f"{step}*n", f"{step}*n"],
             "dtype": "float32", "value_range": span, "is_patch_data": False, "channel_def": {"0": words}}
 
-
+# %% ../../nbs/prediction/models.ipynb #fd819611
 def bundle_metadata(name: str, facts: Mapping[str, Any], step: int) -> dict[str, Any]:
     "metadata.json of a bundle; `facts` as `weight_facts` gives them, `step`: slices must be multiples of it."
     synthetic = "Trained on synthetic data, no clinical claim. " if facts["synthetic"] else ""
@@ -411,7 +411,7 @@ def _undo(transform: str) -> dict[str, Any]:
 def _compose(*transforms: object) -> dict[str, Any]:
     return {"_target_": "Compose", "transforms": list(transforms)}
 
-
+# %% ../../nbs/prediction/models.ipynb #67475de0
 def way_in(spec: InputSpec, step: int) -> dict[str, Any]:
     "Configuration of the transforms from a NIfTI file in HU to what the network sees: (1, rows, columns, Z) in 0..1."
     low, high = spec.window
@@ -422,7 +422,7 @@ def way_in(spec: InputSpec, step: int) -> dict[str, Any]:
     return {"orientation": _compose(*load), "padding": _compose(_do("DivisiblePadd", k=[step, step, 1], method="end")),
             "preprocessing": _compose("@orientation", *[resize] * spec.resample, scale, "@padding")}
 
-
+# %% ../../nbs/prediction/models.ipynb #7e0ce355
 def way_out(spec: InputSpec, threshold: float) -> dict[str, Any]:
     "Configuration of the transforms from logits to a mask on the scan's own voxels, saved as <scan>_mask.nii.gz."
     save = _do("SaveImaged", "pred", output_dir="@output_dir", output_postfix="mask", output_ext=".nii.gz",

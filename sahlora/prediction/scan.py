@@ -128,7 +128,7 @@ def _rising(window: tuple[float, float]) -> tuple[float, float]:
 Length = Annotated[float, Field(gt=0)]  # mm
 Window = Annotated[tuple[float, float], AfterValidator(_rising)]  # HU
 
-
+# %% ../../nbs/prediction/scan.ipynb #fdf0d192
 @options
 class InputSpec:
     "The slices a network was trained on: `window` in HU, `pixel_mm` if known, and whether to `resample` scans to it."
@@ -158,7 +158,7 @@ def network_grid(ct: HeadCT, spec: InputSpec) -> tuple[int, int]:
         return rows, columns
     return tuple(max(1, round(n * mm / spec.pixel_mm)) for n, mm in ((rows, ct.spacing[1]), (columns, ct.spacing[0])))
 
-
+# %% ../../nbs/prediction/scan.ipynb #9f8099b5
 def pixel_notes(ct: HeadCT, spec: InputSpec) -> list[str]:
     "What a user must know about the scan's pixels and the network's; empty when they fit or nothing is known."
     if spec.pixel_mm is None:
@@ -180,7 +180,7 @@ def to_network(planes: np.ndarray, grid: tuple[int, int], window: tuple[float, f
     low, high = window
     return ((hu - low) / (high - low)).clamp_(0, 1)
 
-
+# %% ../../nbs/prediction/scan.ipynb #b19fae2c
 def to_scan(p: Tensor, grid: tuple[int, int]) -> np.ndarray:
     "Probabilities (N, 1, H, W) on the scan's own `grid` of rows and columns: (N, *grid) float32."
     if p.shape[2:] != grid:
@@ -196,7 +196,7 @@ def fold_norms(net: nn.Module) -> nn.Module:
                 setattr(parent, name, nn.Sequential(fuse_conv_bn_eval(unit.conv, unit.norm), nn.ReLU(inplace=True)))
     return net
 
-
+# %% ../../nbs/prediction/scan.ipynb #1aab90b1
 def fast_copy(net: nn.Module, device: torch.device) -> nn.Module:
     "A copy of `net` for prediction on `device`: merged, folded, channels last. `net` stays as it is."
     plain = (merged_copy(net) if active_adapter(net) else deepcopy(net)).eval().requires_grad_(False)
@@ -237,7 +237,7 @@ def default_batch(grid: tuple[int, int], device: torch.device) -> int:
     "Slices of rows x columns pixels that go through the network at once."
     return max(1, BATCH_PIXELS[device.type] // (grid[0] * grid[1]))
 
-
+# %% ../../nbs/prediction/scan.ipynb #f9db76b3
 def is_shortage(error: BaseException) -> bool:
     "Whether an error says that memory ran out: on the CPU that is a RuntimeError, told by its words alone."
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -257,7 +257,7 @@ def _attempt(engine: _Engine, planes: np.ndarray, grid: tuple[int, int], spec: I
         torch.cuda.empty_cache()
     return None
 
-
+# %% ../../nbs/prediction/scan.ipynb #42a72cda
 def _all_slices(engine: _Engine, ct: HeadCT, spec: InputSpec, tta: bool, batch: int,
                 bar: tqdm) -> tuple[np.ndarray, int]:
     "Probabilities (X, Y, Z) and the batch size that went through. Raises: MemoryError when one slice is too much."

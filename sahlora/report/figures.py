@@ -38,7 +38,7 @@ def _show(ax: Axes, ct: np.ndarray, outlines: Mapping[str, np.ndarray]) -> None:
             ax.contour(plane, levels=[0.5], colors=color, linewidths=0.7)
     ax.set_axis_off()
 
-
+# %% ../../nbs/report/figures.ipynb #a1337db4
 def _side(ax: Axes, text: str) -> None:
     "A name at the left of a row of pictures."
     ax.text(-0.04, 0.5, plain_text(text, MOST), rotation=90, va="center", ha="right", transform=ax.transAxes, fontsize=6)
@@ -144,7 +144,7 @@ def _draw_curves(ax: Axes, curves: pd.DataFrame, color: str, many: bool) -> None
 def _count(number: int, word: str, plural: str = "") -> str:
     return f"{number:,} {word if number == 1 else plural or word + 's'}"
 
-
+# %% ../../nbs/report/figures.ipynb #73e034c9
 def _fits(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     "Strategies, seeds, folds and runs of a study, in lines."
     main = compared(runs)
@@ -195,7 +195,7 @@ def _box(ax: Axes, x: float, y: float, title: str, lines: Sequence[str]) -> None
     ax.text(x, high - 0.07, title, ha="center", va="top", weight="bold")
     ax.text(x, (low + high - 0.15) / 2, "\n".join(lines), ha="center", va="center", fontsize=6, linespacing=1.35)
 
-
+# %% ../../nbs/report/figures.ipynb #4dc3e870
 def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], word: str) -> None:
     "An arrow between boxes: straight along a row, slanted from the lower row up."
     up, side = start[1] != end[1], 1 if end[0] > start[0] else -1
@@ -219,7 +219,7 @@ def _grouped(names: Iterable[str]) -> dict[str, float]:
         y -= 0.45
     return found
 
-
+# %% ../../nbs/report/figures.ipynb #12227018
 def _wide(patients: pd.DataFrame, score: str) -> pd.DataFrame:
     "Scores (patients, strategies), mean over seeds, in the order of the rows."
     order = list(dict.fromkeys(patients.run))
@@ -278,7 +278,7 @@ def _bin_counts(bins: pd.DataFrame) -> dict[str, str]:
     counts = bins[bins.n > 0].groupby("bin", sort=False).n.agg(["min", "max"])
     return {name: f"{name}\nn = {low:.0f}" + (f" to {high:.0f}" if high > low else "") for name, low, high in counts.itertuples()}
 
-
+# %% ../../nbs/report/figures.ipynb #10acc8cf
 def dice_by_volume(bins: Sequence[Mapping[str, Any]], shown: Sequence[str] = (), synthetic: bool = True) -> Figure:
     "Mean soft Dice by volume bin of the strategies `shown` (by `few`, if empty); `bins`: strategy, bin, n, mean, low, high."
     table = pd.DataFrame(list(bins), columns=["strategy", "bin", "n", "mean", "low", "high"])
@@ -317,7 +317,7 @@ def _parameter_rows(runs: Sequence[Mapping[str, Any]], summaries: Sequence[Mappi
     table = pd.DataFrame(rows, columns=["name", "method", "region", "rank", "trainable", "mean", "low", "high"])
     return table.drop_duplicates("name")
 
-
+# %% ../../nbs/report/figures.ipynb #6fbb116e
 def _baselines(ax: Axes, table: pd.DataFrame, low: float, high: float) -> None:
     "What trains no parameter: lines, none with a band for its interval; words where they lie far below `low` to `high`."
     far, span = [], high - low
@@ -333,7 +333,7 @@ def _baselines(ax: Axes, table: pd.DataFrame, low: float, high: float) -> None:
         ax.set_ylim(low - 0.2 * span, high + 0.05 * span)
         ax.annotate("\n".join(far), (0, 0), (3, 3), xycoords="axes fraction", textcoords="offset points", fontsize=5.5, color=GREY)
 
-
+# %% ../../nbs/report/figures.ipynb #d860702f
 def _regions(ax: Axes, table: pd.DataFrame, gap: float) -> None:
     "Standard fine-tuning and training from scratch, their words at least `gap` (in Dice) apart."
     y = -np.inf
@@ -388,7 +388,7 @@ def _root(ax: Axes, axis: str, top: float) -> None:
     getattr(ax, f"set_{axis}lim")(0, top)
     getattr(ax, f"set_{axis}ticks")([tick for tick in _TICKS if tick <= top])
 
-
+# %% ../../nbs/report/figures.ipynb #f0d2ab20
 def _limits(ax: Axes, row: Mapping[str, Any]) -> None:
     "Bias and limits of agreement, mL, each a line with a band for its interval, where known."
     for key, style in (("bias", "-"), ("loa_low", "--"), ("loa_high", "--")):
@@ -468,7 +468,7 @@ def _is_rho(claim: Mapping[str, Any]) -> bool:
     "Whether a claim's effect is a rank correlation and not a difference of scores."
     return "rho" in claim["test"]
 
-
+# %% ../../nbs/report/figures.ipynb #f3be1e93
 def _words(claim: Mapping[str, Any]) -> str:
     "A claim's effect, interval and n as text."
     if claim["effect"] is None:

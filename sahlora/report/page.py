@@ -46,7 +46,7 @@ def curve_groups(results: Mapping[str, Any], histories: pd.DataFrame) -> dict[st
     rows = histories.assign(strategy=histories.run.map(names))
     return {name: rows[rows.strategy == name] for name in dict.fromkeys(rows.strategy.dropna())}
 
-
+# %% ../../nbs/report/page.ipynb #250f1232
 def dice_rows(results: Mapping[str, Any]) -> tuple[pd.DataFrame, str]:
     "Columns run (a strategy), patient, dice_soft (mean over seeds), and a title: those of the fit, where there is one."
     rows = patient_frame(results)
@@ -141,7 +141,7 @@ def show_figure(folder: str | Path, name: str) -> None:
     if (path := Path(folder) / f"figures/{name}.svg").is_file():
         display(SVG(filename=str(path)), Markdown(f"*{markdown_text(captions(results)[name])}*"))
 
-
+# %% ../../nbs/report/page.ipynb #bb075d0c
 def markdown_table(table: pd.DataFrame, otherwise: str = "") -> None:
     "Display a table of texts, or a sentence where it has no rows."
     from IPython.display import Markdown, display

@@ -66,7 +66,7 @@ def base_folder(folder: str | Path, network: str = "") -> Path:
     "Where a study keeps the base of one of its networks; the main one is called ''."
     return Path(folder) / (f"pretrain-{network}" if network else "pretrain")
 
-
+# %% ../../nbs/report/results.ipynb #1778c9cd
 def run_error(study: Study, run: Mapping[str, Any], folder: str | Path) -> str | None:
     "What is wrong with a run of a study: the error it ended in, or whose files lie in its place. None: it is whole, or never ended."
     place = Path(folder) / "finetune" / run["id"]
@@ -99,7 +99,7 @@ def sort_runs(study: Study, folder: str | Path) -> tuple[list[dict[str, Any]], l
                                 f"ran{why}); run the study first: make paper STUDY={study.study}")
     return done, failed, missing
 
-
+# %% ../../nbs/report/results.ipynb #afe5652e
 def strategy_name(run: str) -> str:
     "A run's id without its seed."
     return re.sub(r"-s\d+$", "", run)
@@ -134,13 +134,13 @@ def patient_frame(results: Mapping[str, Any]) -> pd.DataFrame:
     numbers = ("rank", *SCORES, "tolerance_mm", "volume_ml", "predicted_ml")
     return frame.astype({name: float for name in numbers if name in frame})
 
-
+# %% ../../nbs/report/results.ipynb #f8954b39
 def strategy_names(results: Mapping[str, Any]) -> list[str]:
     "Compared strategies in the study's order; all there are where none is compared."
     runs = compared(results["runs"]) or results["runs"]
     return list(dict.fromkeys(run["name"] for run in runs))
 
-
+# %% ../../nbs/report/results.ipynb #7a6b0dc4
 def plan_strategies(results: Mapping[str, Any], methods: list[str]) -> list[str]:
     "What the plan names and the study has: baseline, standard, and adapters of `methods` at its rank and in its region."
     plan = results["plan"]
@@ -178,7 +178,7 @@ def bin_rows(patients: pd.DataFrame) -> list[dict[str, Any]]:
     table = table[table.groupby("bin").n.transform("max") > 0]
     return table[["strategy", "bin", "n", "mean", "sd", "low", "high"]].to_dict("records")
 
-
+# %% ../../nbs/report/results.ipynb #e22bc52e
 def agreement_rows(patients: pd.DataFrame) -> list[dict[str, Any]]:
     "Per strategy predicted less annotated mL: bias, limits of agreement, concordance, ICC(3,1), slope; none without spacing."
     predicted, rows = patient_scores(patients, "predicted_ml"), []
@@ -207,7 +207,7 @@ def amount_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
               **{key: row[key] for key in ("n", "mean", "low", "high")}} for row in summary_rows(tested_rows(results, [*few, *whole]))]
     return sorted(found, key=lambda row: (list(named.values()).index(row["strategy"]), row["patients"]))
 
-
+# %% ../../nbs/report/results.ipynb #29814132
 def summary_rows(patients: pd.DataFrame) -> list[dict[str, Any]]:
     "The summary per strategy as records; none without patients."
     return summary_table(patients).to_dict("records") if len(patients) else []
@@ -237,7 +237,7 @@ def comparison_rows(scores: pd.DataFrame, plan: Plan) -> list[dict[str, Any]]:
                          "rows": found.table()[_COMPARED].to_dict("records")})
     return families
 
-
+# %% ../../nbs/report/results.ipynb #765bdf43
 def power_facts(scores: pd.DataFrame, plan: Plan) -> dict[str, Any] | None:
     "Smallest difference that a paired test of so many patients shows in four of five studies; SD: median over what is paired with the standard."
     others = scores.drop(columns=plan.standard, errors="ignore")
@@ -282,7 +282,7 @@ def commit_of(folder: str | Path) -> str:
         return "unknown"
     return head.stdout.strip() + "+changes" * bool(git("status", "--porcelain", "--", *_DECIDES).stdout)
 
-
+# %% ../../nbs/report/results.ipynb #290d8013
 def describe_provenance(study: Study, base: Mapping[str, Any]) -> dict[str, str]:
     "Commit, hash of the study as read, versions that the runs were made with."
     return {"commit": commit_of(project_folder()), "configuration": object_hash(study.model_dump(mode="json")),
@@ -299,7 +299,7 @@ def _plain(value: Any) -> Any:
         return None if math.isnan(value) else float(f"{value:.9g}")
     return value.item() if isinstance(value, np.generic) else value
 
-
+# %% ../../nbs/report/results.ipynb #477a04b1
 def study_cohort(study: Study, folder: str | Path, role: str) -> Cohort:
     "Source or target of a study on disk: where the user keeps it, or where the cohorts notebook wrote it."
     spec = getattr(study, role)
@@ -315,7 +315,7 @@ def _bases(folder: Path, networks: Sequence[str]) -> dict[str, dict[str, Any]]:
         found[name] = read_json(path)
     return found
 
-
+# %% ../../nbs/report/results.ipynb #03d3945a
 def published() -> list[dict[str, Any]]:
     "The paper's own numbers, on its own patients, each with where it was read. Raises: FileNotFoundError."
     return yaml.safe_load(project_path("paper/published.yaml").read_text(encoding="utf-8"))
@@ -343,7 +343,7 @@ def collect(study: Study, folder: str | Path) -> tuple[dict[str, Any], dict[str,
     results |= {"amounts": amount_rows(results), "networks": network_rows(results, parameters), "shown": choose_shown(results)}
     return _plain(results), describe_cost(bases, {name: run for name, (run, _, _) in runs.items()})
 
-
+# %% ../../nbs/report/results.ipynb #806c3d6b
 def describe_cost(bases: Mapping[str, Mapping[str, Any]], runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     "Seconds, CPU seconds, memory and machine of every run and base."
     keys = ("seconds", "resumed", "cpu_seconds", "peak_mib", "peak_gpu_mib", "threads", "processor", "python", "torch", "sahlora")
@@ -361,7 +361,7 @@ def thin_history(history: pd.DataFrame, points: int = POINTS) -> pd.DataFrame:
     blocks = history.groupby(["fold", (history.step - 1) // size]).agg(step=("step", "max"), loss=("loss", "mean"))
     return blocks.reset_index("fold").reset_index(drop=True).round({"loss": 6})
 
-
+# %% ../../nbs/report/results.ipynb #12ea6245
 def gather_histories(results: Mapping[str, Any], folder: str | Path) -> pd.DataFrame:
     "Columns run, fold, step, loss: of the base (run 'pretrain'), and of every run that trained."
     paths = {"pretrain": base_folder(folder)} | {run["id"]: Path(folder) / "finetune" / run["id"] for run in results["runs"]}
@@ -403,7 +403,7 @@ def study_output(out: str | Path, command: str, study: str, content: object, fil
 
 REPORT = ("results.json", "patients.csv", "histories.csv", "pictures.safetensors")
 
-
+# %% ../../nbs/report/results.ipynb #f98f46cb
 def write_results(study: Study, folder: str | Path, out: str | Path, overwrite: bool = False) -> dict[str, Any]:
     """Write the files of REPORT and the cost to `out`; the results. An earlier report of the study is replaced, any other with `overwrite`.
 
@@ -418,7 +418,7 @@ def write_results(study: Study, folder: str | Path, out: str | Path, overwrite: 
             temporary.write_text(table_markdown(cost_table(cost)) + "\n", encoding="utf-8")
     return results
 
-
+# %% ../../nbs/report/results.ipynb #93a3ff79
 def _write_report(study: Study, folder: str | Path, out: Path, results: dict[str, Any]) -> None:
     "The files of REPORT."
     import torch
@@ -447,14 +447,14 @@ def chance(p: float | None) -> str:
     "A p value."
     return "< 0.001" if p is not None and p < 0.001 else number(p)
 
-
+# %% ../../nbs/report/results.ipynb #676a5cc7
 def spread(row: Mapping[str, Any] | None, digits: int = 3) -> str:
     "mean ± SD; a dash where there is nothing."
     if row is None or pd.isna(row["mean"]):
         return "–"
     return number(row["mean"], digits) + ("" if pd.isna(row["sd"]) else f" ± {row['sd']:.{digits}f}")
 
-
+# %% ../../nbs/report/results.ipynb #ab5d8a08
 def ranged(row: Mapping[str, Any] | None, name: str = "mean", digits: int = 3, front: str = "") -> str:
     "A value and its 95 % interval; `front`: of the interval's keys."
     if row is None or row[name] is None:
@@ -472,13 +472,13 @@ def title(results: Mapping[str, Any], name: str) -> str:
     "A strategy's label; with a dagger when a fold of it collapsed."
     return label(name) + " †" * any(run["flags"] for run in results["runs"] if run["name"] == name)
 
-
+# %% ../../nbs/report/results.ipynb #d9f2f5d5
 def of_strategy(rows: list[dict[str, Any]], name: str, **more: Any) -> dict[str, Any] | None:
     "The first of some rows with this strategy, and whatever else is asked for."
     wanted = {"strategy": name, **more}
     return next((row for row in rows if all(row[key] == value for key, value in wanted.items())), None)
 
-
+# %% ../../nbs/report/results.ipynb #6c7e600f
 def _side_by_side(rows: list[dict[str, Any]], key: str, heads: Mapping[Any, str], cell: Callable[..., str],
                   name: Callable[[str], str]) -> pd.DataFrame:
     "One row per strategy, called by `name`; one column per value of `key`, headed as `heads` says: `cell` of the row there."
@@ -488,7 +488,7 @@ def _side_by_side(rows: list[dict[str, Any]], key: str, heads: Mapping[Any, str]
         table.append({"strategy": name(one), **cells})
     return pd.DataFrame(table)
 
-
+# %% ../../nbs/report/results.ipynb #719f50f8
 def _over_seeds(results: Mapping[str, Any], score: str, role: str) -> dict[str, dict[str, Any]]:
     "strategy -> summary over patients of their mean over seeds."
     frame = patient_frame(results)
@@ -512,7 +512,7 @@ def strategy_table(results: Mapping[str, Any], names: list[str] | None = None) -
     table = pd.DataFrame(rows)
     return table if fit else table.iloc[:, :-1]
 
-
+# %% ../../nbs/report/results.ipynb #be11c72f
 def region_table(results: Mapping[str, Any]) -> pd.DataFrame:
     "Everything but adapters: no fine-tuning, norm statistics, from scratch, and standard fine-tuning by region."
     names = [run["name"] for run in results["runs"] if run["method"] in RANKLESS]
@@ -561,7 +561,7 @@ def volume_table(results: Mapping[str, Any]) -> pd.DataFrame:
     heads = {name: f"{'volume unknown' if name == 'unknown' else f'{name} mL'} (n = {n})" for name, n in bins.items()}
     return _side_by_side(results["bins"], "bin", heads, spread, lambda name: title(results, name))
 
-
+# %% ../../nbs/report/results.ipynb #b688a43d
 def agreement_table(results: Mapping[str, Any]) -> pd.DataFrame:
     "Predicted less annotated mL: bias, limits of agreement, slope, concordance, ICC(3,1), with 95 % intervals."
     return pd.DataFrame([{
@@ -579,7 +579,7 @@ def comparison_table(results: Mapping[str, Any], reference: str) -> pd.DataFrame
         "rank-biserial": number(row["rank_biserial"], 2), "p": chance(row["p"]), "p (Holm)": chance(row["p_holm"]),
         "differs": {True: "yes", False: "not shown"}[row["significant"]] if row["p"] is not None else "too few"} for row in family["rows"]])
 
-
+# %% ../../nbs/report/results.ipynb #f40715f0
 def family_line(results: Mapping[str, Any], reference: str) -> str:
     "What Friedman's test says of a family; nothing where there is none."
     family = next((one for one in results["comparisons"] if one["reference"] == reference), None)
@@ -589,6 +589,7 @@ def family_line(results: Mapping[str, Any], reference: str) -> str:
     return (f"Friedman's test over {gate['groups']} strategies and {gate['n']} patients: chi-square {number(gate['statistic'], 1)}, "
             f"p {chance(gate['p'])}, Kendall's W {number(gate['kendall_w'], 2)}.")
 
+# %% ../../nbs/report/results.ipynb #a3febeda
 def power_line(results: Mapping[str, Any]) -> str:
     "The smallest difference that so many patients could show; nothing where it is not known."
     power = results["power"]
@@ -604,13 +605,13 @@ def seed_table(results: Mapping[str, Any]) -> pd.DataFrame:
                           "SD of the seeds' means": number(row["sd_seeds"]), "SD over patients": number(row["sd_patients"])}
                          for row in results["seeds"] if row["seeds"] > 1])
 
-
+# %% ../../nbs/report/results.ipynb #f8a8a94f
 def amount_table(results: Mapping[str, Any]) -> pd.DataFrame:
     "Soft Dice with its 95 % interval by number of training patients."
     heads = {n: f"{n} patients" for n in sorted({row["patients"] for row in results["amounts"]})}
     return _side_by_side(results["amounts"], "patients", heads, ranged, label)
 
-
+# %% ../../nbs/report/results.ipynb #d4b13733
 def network_table(results: Mapping[str, Any]) -> pd.DataFrame:
     "Soft Dice of the study's other networks."
     return pd.DataFrame([{
@@ -624,7 +625,7 @@ def claims_table(results: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame([{"claim": f"{one['number']}. {one['claim']}", "verdict": one["verdict"], "what may be written": one["sentence"]}
                          for one in results["claims"]])
 
-
+# %% ../../nbs/report/results.ipynb #9c707341
 def published_table(results: Mapping[str, Any]) -> pd.DataFrame:
     "The paper's own numbers, of another cohort, beside the same strategy, or the verdict on the same claim, here."
     rows, verdicts = [], {claim["number"]: claim["verdict"] for claim in results["claims"]}
@@ -649,7 +650,7 @@ def patient_table(results: Mapping[str, Any]) -> pd.DataFrame:
     table = wide.reindex(columns=names).map(number).rename(columns=label).rename_axis(columns=None).reset_index()
     return table.assign(patient=table.patient.map(lambda name: plain_text(name, 60)))
 
-
+# %% ../../nbs/report/results.ipynb #61978346
 def cohort_table(results: Mapping[str, Any]) -> pd.DataFrame:
     "Patients, scans and annotated mL of source and target."
     rows = []

@@ -58,7 +58,7 @@ class Batch:
         "Whether the profile sends the runs to Slurm."
         return self.profile is not None and yaml.safe_load((self.profile / "config.yaml").read_text()).get("executor") == "slurm"
 
-
+# %% ../../nbs/study/batch.ipynb #44f2e9d0
 def make_batch(study: str | Path, runs: str | Path = "runs", cores: int = 2, profile: str | Path | None = None) -> Batch:
     "A batch from names as a user types them. Raises: OSError, ValueError as `read_study` does; FileNotFoundError for a profile."
     file = project_path(study).resolve()
@@ -82,7 +82,7 @@ def leftovers(folder: Path) -> list[psutil.Process]:
                 found.append(process)
     return found
 
-
+# %% ../../nbs/study/batch.ipynb #a3cec708
 def end_leftovers(folder: Path) -> int:
     "End them all, also those that they start meanwhile; how many there were."
     ended = 0
@@ -99,7 +99,7 @@ def job_prefix(folder: Path) -> str:
     "How the names of a study's Slurm jobs begin; another copy of the project has another."
     return f"sahlora-{folder.name[:20]}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
 
-
+# %% ../../nbs/study/batch.ipynb #a183cd22
 def cancel_jobs(folder: Path) -> int:
     "Cancel what a study has in Slurm's queue; how many there were. Raises: FileNotFoundError where there is no Slurm."
     if not shutil.which("squeue"):
@@ -119,12 +119,12 @@ def _clear(batch: Batch) -> None:
     if batch.on_slurm and (jobs := cancel_jobs(batch.folder)):
         print(f"{batch.folder.name}: {jobs} jobs of a run that was stopped were still in the queue; they were cancelled", flush=True)
 
-
+# %% ../../nbs/study/batch.ipynb #0cbb6cab
 def _stop(number: int, frame: object) -> None:
     "SIGTERM ends like control-C does: with everything cleared away."
     raise KeyboardInterrupt
 
-
+# %% ../../nbs/study/batch.ipynb #7daeb28b
 @contextmanager
 def owned(batch: Batch) -> Iterator[None]:
     "Be the only one who runs a study. Raises: BlockingIOError that names the living owner."
@@ -143,7 +143,7 @@ def _short(path: Path) -> Path:
     "A path as seen from the project where it lies in it: the same study elsewhere is not another one."
     return path.relative_to(project_folder()) if path.is_relative_to(project_folder()) else path
 
-
+# %% ../../nbs/study/batch.ipynb #af895eed
 def command(batch: Batch, *words: str, config: Sequence[str] = ()) -> list[str]:
     "The command line of Snakemake for a study."
     where = ["--profile", str(batch.profile)] if batch.profile else ["--cores", str(batch.cores)]
@@ -152,12 +152,12 @@ def command(batch: Batch, *words: str, config: Sequence[str] = ()) -> list[str]:
     return [sys.executable, "-m", "snakemake", "--snakefile", "paper/Snakefile", *where, "--nolock", "--rerun-incomplete", "--keep-going",
             *words, "--quiet", "host", "reason", "progress", "--config", *config]
 
-
+# %% ../../nbs/study/batch.ipynb #83788fbc
 def _environment(batch: Batch) -> dict[str, str]:
     "The environment of a batch: marked, and with this Python's programs first."
     return os.environ | {MARK: str(batch.folder), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
 
-
+# %% ../../nbs/study/batch.ipynb #da2ebf67
 def pending(batch: Batch) -> list[tuple[str, str]]:
     "(rule, its wildcard or '') of every job that is not done. Raises: ValueError with Snakemake's words."
     here = replace(batch, profile=None)
@@ -184,7 +184,7 @@ def _report_what_is_there(batch: Batch) -> None:
     said = "says which" if done.returncode == 0 else "could not be made"
     print(f"{batch.folder.name}: {len(missing)} of {len(every)} runs are missing; the report {said}", flush=True)
 
-
+# %% ../../nbs/study/batch.ipynb #56c6225e
 def run_study(batch: Batch) -> int:
     """Run a study to its report.html and paper.pdf; 0, or 1 where a run failed, with a report of the others.
 
@@ -210,7 +210,7 @@ class Costs:
     peak_mib: float
     steps: Mapping[tuple[str, str], float]
 
-
+# %% ../../nbs/study/batch.ipynb #69a99e73
 def trained_parts(study: Study) -> list[tuple[str, str]]:
     "(network, region) that a study trains; a network's pre-training and `scratch` train the whole of it."
     parts = {(name, "") for name in ("", *study.networks)}
@@ -226,7 +226,7 @@ def scans_of(spec: Any) -> int:
         return spec.cases if spec.layout == "phantom" else len(spec.patients)
     return len(_images(spec))
 
-
+# %% ../../nbs/study/batch.ipynb #362e4b62
 def _images(spec: Any) -> list[Path]:
     "The scans of a cohort of one's own."
     folder = project_path(spec.path) / "images"
@@ -235,7 +235,7 @@ def _images(spec: Any) -> list[Path]:
         raise FileNotFoundError(f"{spec.path}: no images/*.nii.gz there, so there is nothing to plan with")
     return found
 
-
+# %% ../../nbs/study/batch.ipynb #0da7fd0b
 def grid_of(spec: Any) -> tuple[int, int]:
     "Pixels of its slices, across and front to back, rounded up to what a phantom can have."
     if spec.layout in ("phantom", "ct-ich"):
@@ -248,7 +248,7 @@ def clock(threads: int) -> float:
     "Seconds that do not run while another program has the cores: CPU seconds per thread; on a GPU, those on the wall."
     return time.process_time() / threads if choose_device().type == "cpu" else time.perf_counter()
 
-
+# %% ../../nbs/study/batch.ipynb #41466bc8
 def _time_step(study: Study, network: str, region: str, cohort: Any, count: int = 3) -> tuple[Any, float]:
     "A network open in a region, and seconds per training step of the study's batch size."
     net = build_network(network_of(study, network))
@@ -292,7 +292,7 @@ def folds_of(study: Study) -> int:
     folds = study.folds
     return folds if isinstance(folds, int) else getattr(folds, "count", 1)
 
-
+# %% ../../nbs/study/batch.ipynb #ee073935
 def run_seconds(study: Study, run: Mapping[str, Any], costs: Costs) -> float:
     "Seconds of one fine-tuning run, all folds."
     strategy, folds, scans = strategy_of(run), folds_of(study), scans_of(study.target)
@@ -331,7 +331,7 @@ def _text(seconds: float) -> str:
     "Seconds, minutes or hours, whichever reads best."
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
-
+# %% ../../nbs/study/batch.ipynb #b42f11bf
 def plan_text(study: Study, jobs: Sequence[tuple[str, str]], costs: Costs, cores: int) -> str:
     "What is to be done, job by job, and about how long all of it takes; the assumptions are named."
     slots, timed = max(1, cores // study.threads), [(rule, name, job_seconds(study, rule, name, costs)) for rule, name in jobs]
@@ -348,7 +348,7 @@ def plan_text(study: Study, jobs: Sequence[tuple[str, str]], costs: Costs, cores
         f"{costs.start:.3g} s.",
         "Assumed: an adapter's step costs what fine-tuning its region costs; nothing stops early; the cores have nothing else to do."])
 
-
+# %% ../../nbs/study/batch.ipynb #1277e07c
 def plan_study(batch: Batch) -> str:
     "What a study would still run, and about how long. It starts nothing of it. Raises: ValueError, OSError as `make_batch` does."
     study, jobs = read_study(batch.study), pending(batch)

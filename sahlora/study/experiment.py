@@ -48,7 +48,7 @@ def _assigned(cell: str) -> dict[str, tuple[str, Any]]:
             found[name.id] = ("", ast.literal_eval(node.value))
     return found
 
-
+# %% ../../nbs/study/experiment.ipynb #331d6221
 def check_parameters(cells: Sequence[str]) -> dict[str, Any]:
     """Compare what papermill injected with the declared parameters; `cells`: Jupyter's `In`. Returns the values.
 
@@ -92,7 +92,7 @@ def _decides(line: ast.stmt) -> bool:
     types = isinstance(line, ast.If) and isinstance(line.test, ast.Name) and line.test.id == "TYPE_CHECKING"
     return not words and not types
 
-
+# %% ../../nbs/study/experiment.ipynb #e932ee22
 def syntax(source: str) -> ast.Module:
     "Syntax tree of a module or cell without comments and docstrings; IPython magics are dropped."
     tree = ast.parse("\n".join(line for line in source.splitlines() if not line.startswith(("%", "!"))))
@@ -112,7 +112,7 @@ def imports(tree: ast.Module, package: str) -> Iterator[str]:
             yield module
             yield from (f"{module}.{sahlora._LAZY.get(alias.name, alias.name) if module == 'sahlora' else alias.name}" for alias in node.names)
 
-
+# %% ../../nbs/study/experiment.ipynb #9920f4de
 def reached(source: str) -> dict[str, str]:
     "Modules of this package that a piece of code imports, also through others: name -> syntax."
     found: dict[str, str] = {}

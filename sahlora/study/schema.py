@@ -48,7 +48,7 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-
+# %% ../../nbs/study/schema.ipynb #2e1a171d
 class PhantomSpec(Section):
     "A procedural cohort; `grid`: pixels across and front to back of a 160 x 200 mm field. Synthetic, no clinical claim."
 
@@ -58,7 +58,7 @@ class PhantomSpec(Section):
     seed: Seed
     grid: list[PositiveInt] = Field([64, 80], min_length=2, max_length=2)
 
-
+# %% ../../nbs/study/schema.ipynb #ffb8615e
 class CtIchSpec(Section):
     "Patients of CT-ICH (PhysioNet, JPEG layout) in the folder `path`, averaged to `size` x `size` pixels."
 
@@ -67,7 +67,7 @@ class CtIchSpec(Section):
     patients: list[str] = Field(min_length=1)
     size: PositiveInt = 160
 
-
+# %% ../../nbs/study/schema.ipynb #386d49be
 class FolderSpec(Section):
     "A cohort that is on disk already: a folder with cohort.csv, images and labels."
 
@@ -89,7 +89,7 @@ class PairsSpec(Section):
     patients: str | None = None
     skip_bad: bool = False
 
-
+# %% ../../nbs/study/schema.ipynb #35f2b44d
 CohortSpec = Annotated[PhantomSpec | CtIchSpec | FolderSpec | PairsSpec, Field(discriminator="layout")]
 
 # %% ../../nbs/study/schema.ipynb #fe014b59
@@ -102,7 +102,7 @@ class TrainingSpec(Section):
     seed: Seed = 0
     options: dict[str, Any] = {}
 
-
+# %% ../../nbs/study/schema.ipynb #557e1f8e
 def _form_of_rate(value: Any) -> str:
     "Whether a learning rate is one number, one per rank, or candidates."
     return "ranks" if isinstance(value, dict) else "candidates" if isinstance(value, list) else "rate"
@@ -132,7 +132,7 @@ class RunSpec(Section):
     network: str = ""
     seeds: list[Seed] = []
 
-
+# %% ../../nbs/study/schema.ipynb #e2a40d41
 class NetworkSpec(Section):
     "A network beside the study's main one, with a base of its own, pre-trained on the same source."
 
@@ -147,7 +147,7 @@ class FixedFold(Section):
     test: list[str] = Field(min_length=1)
     fit: bool = False
 
-
+# %% ../../nbs/study/schema.ipynb #f524eb14
 class DrawnFolds(Section):
     "Folds drawn by patient: `kfold`, the paper's plain shuffle, or `stratified` by volume bin."
 
@@ -155,7 +155,7 @@ class DrawnFolds(Section):
     count: int = Field(3, ge=2)
     seed: Seed = 0
 
-
+# %% ../../nbs/study/schema.ipynb #f71dc686
 def _form_of_folds(value: Any) -> str:
     "Which of the three forms a value has: a number, one fixed split, or how to draw."
     if isinstance(value, (dict, FixedFold)):
@@ -215,7 +215,7 @@ def _say_where(where: str, function: Callable[..., object], *arguments: object) 
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 
-
+# %% ../../nbs/study/schema.ipynb #60672f38
 def claims_plan(study: Study) -> "Plan":
     "How the paper's claims are tested, fixed in the study file. Raises: ValueError that names the key."
     try:
@@ -242,7 +242,7 @@ def _check_training(spec: TrainingSpec) -> None:
         raise ValueError(f"{taken[0]} has a key of its own; take it out of options")
     make_training({**spec.options, **values})
 
-
+# %% ../../nbs/study/schema.ipynb #2c808359
 def _check_parts(study: Study, where: str) -> None:
     "Raises: ValueError for a network, an option of a training, or a plan of claims that can not be."
     _say_where(f"{where}: claims", claims_plan, study)
@@ -260,7 +260,7 @@ def _without_effect(run: RunSpec) -> set[str]:
     idle |= {"steps", "learning_rate"} if run.method in ("none", "norm-stats") else set()
     return {key for key in idle if getattr(run, key) != RunSpec.model_fields[key].default}
 
-
+# %% ../../nbs/study/schema.ipynb #312a0e3d
 def _check_runs(study: Study, where: str) -> None:
     "Raises: ValueError for a method, network or region that does not exist, and for a run that is listed twice."
     words = strategy_words()
@@ -311,7 +311,7 @@ def strategy_of(run: Mapping[str, Any]) -> "Strategy":
     values |= {"learning_rate": run.get("candidates") or run["learning_rate"], "training": run.get("options", {})}
     return Strategy(**{**values, "alpha": run.get("alpha") or None, "patients": run.get("patients") or None})
 
-
+# %% ../../nbs/study/schema.ipynb #05a51c0b
 def _rate_at(row: RunSpec, rank: int, default: float) -> tuple[float, list[float]]:
     "Learning rate and candidates of a row at one rank. Raises: ValueError for a rank that was forgotten."
     rate = row.learning_rate or default
@@ -335,7 +335,7 @@ def _expand_row(study: Study, row: RunSpec) -> list[dict[str, Any]]:
         runs.append({"id": f"{front}{strategy_of(run).name}-s{seed}", **run})
     return runs
 
-
+# %% ../../nbs/study/schema.ipynb #0fd9d889
 def expand_runs(study: Study) -> list[dict[str, Any]]:
     "Runs of a study: a list of id and the parameters of the fine-tuning notebook, in the file's order."
     return [run for row in study.runs for run in _expand_row(study, row)]
@@ -352,7 +352,7 @@ def _row_words(study: Study, row: RunSpec) -> list[str]:
     method = row.method + (f" on {row.network}" if row.network else "") + " with extras" * row.extras
     return [method, ranks, regions, patients if row.patients else "all", rates if strategies[0].trains else "", str(len(runs))]
 
-
+# %% ../../nbs/study/schema.ipynb #0dc5aea1
 def _cohort_words(spec: Any) -> str:
     "A cohort's section in a line."
     facts = ", ".join(f"{key} {value}" for key, value in spec.model_dump(exclude_defaults=True).items() if key != "layout")
@@ -400,7 +400,7 @@ def _import_pairs(spec: PairsSpec, folder: str | Path, overwrite: bool) -> "Coho
         raise ValueError(f"{spec.path}: {len(done.skipped)} scans can not be used; mend them, take them out, or write skip_bad: true\n  {lines}")
     return done.cohort
 
-
+# %% ../../nbs/study/schema.ipynb #db564bc6
 def _real_folder(path: str) -> Path:
     "A folder of CT-ICH. Raises: FileNotFoundError that says what to download when it is not there."
     if not (folder := project_path(path)).is_dir():
@@ -438,7 +438,7 @@ def _patients_of(spec: Any) -> list[str]:
         return [f"ct-ich-{patient}" for patient in spec.patients]
     return Cohort.read(project_path(spec.path)).patients if isinstance(spec, FolderSpec) else []
 
-
+# %% ../../nbs/study/schema.ipynb #ecc7ff43
 def _check_patients(study: Study) -> None:
     "Raises: ValueError for a patient on both sides, one that is not there, and more patients than there are."
     known = _patients_of(study.target)

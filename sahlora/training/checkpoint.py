@@ -31,7 +31,7 @@ def random_state(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any
         tensors["random.device"] = torch.cuda.get_rng_state(device)
     return tensors, {"numpy": [name, place, has_gauss, gauss], "python": [version, gauss_next]}
 
-
+# %% ../../nbs/training/checkpoint.ipynb #468c3d06
 def restore_random(tensors: Mapping[str, Tensor], words: Mapping[str, list], device: torch.device) -> None:
     "Undo of `random_state`."
     torch.set_rng_state(tensors["random.torch"])
@@ -49,7 +49,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {f"optimizer.{number}.{key}": torch.as_tensor(value) for number, memory in state.items()
             for key, value in memory.items()}
 
-
+# %% ../../nbs/training/checkpoint.ipynb #53fe9b1f
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     "Undo of `optimizer_tensors`; learning rate and the like stay as they were made."
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -119,7 +119,7 @@ def find_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str
         return tensors, header
     return None
 
-
+# %% ../../nbs/training/checkpoint.ipynb #7c478f7c
 def resume(checkpoint: Checkpoint, net: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Tensor]]:
     "Put a run back where it was saved: steps done and the loop's own tensors; 0 and nothing when there is no checkpoint."
     if (found := find_checkpoint(checkpoint)) is None:

@@ -102,7 +102,7 @@ def batch_dice(logits: Tensor, truth: Tensor, weights: Tensor | None = None) -> 
     w = 1.0 if weights is None else weights.view(-1, 1, 1, 1)
     return (2 * (w * p * truth).sum() + 1e-5) / ((w * p).sum() + (w * truth).sum() + 1e-5)
 
-
+# %% ../../nbs/training/loop.ipynb #c2df360b
 def batch_loss(name: str, logits: Tensor, truth: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     "The loss of a batch, dice or dice+ce, and its soft Dice, from logits, truth and slice weights."
     dice = batch_dice(logits, truth, weights)
@@ -123,7 +123,7 @@ def set_training_mode(net: nn.Module) -> None:
 def _tracking_norms(net: nn.Module) -> list[nn.Module]:
     return [m for m in net.modules() if getattr(m, "track_running_stats", False) and m.running_mean is not None]
 
-
+# %% ../../nbs/training/loop.ipynb #7e77167b
 def _is_trained(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
@@ -161,7 +161,7 @@ def _averaged(decay: float, mean: Tensor, now: Tensor, updates: Tensor | int) ->
     n = int(updates)
     return mean.lerp(now, 1 - min(decay, (1 + n) / (10 + n)))
 
-
+# %% ../../nbs/training/loop.ipynb #77f97160
 @torch.no_grad()
 def recompute_statistics(net: nn.Module, norms: Iterable[nn.Module], images: Iterable[Tensor]) -> None:
     "Replace the running statistics of some `norms` of `net`, in place, by those over batches of `images`; evaluation mode."
@@ -219,7 +219,7 @@ def _descend(loop: _Loop, k: int, loss: Tensor) -> None:
     if loop.average is not None:
         loop.average.update_parameters(loop.net)
 
-
+# %% ../../nbs/training/loop.ipynb #51be6327
 def _scored(loop: _Loop, images: Iterable[Tensor]) -> nn.Module:
     "The network as it would be used now: with averaged weights, and norms recomputed on `images`, where that is wanted."
     if loop.average is None:
@@ -287,7 +287,7 @@ def _save(checkpoint: Checkpoint, k: int, loop: _Loop, record: _Record) -> None:
     extra = {f"average.{name}": average[f"module.{name}"] for name in loop.trained if average}
     checkpoint.save(k, loop.net, loop.optimizer, extra | record.tensors())
 
-
+# %% ../../nbs/training/loop.ipynb #cc38f51a
 def _resume(checkpoint: Checkpoint | None, loop: _Loop) -> tuple[int, _Record]:
     "Steps done before, and what was recorded."
     done, extra = resume(checkpoint, loop.net, loop.optimizer) if checkpoint else (0, {})
@@ -316,7 +316,7 @@ def _shown(loop: _Loop, store: SliceStore, batches: BalancedBatches) -> Iterator
         hu = store.read(batches.batch(k))[0].to(loop.device)
         yield (hu / 140).clamp(0, 1).to(memory_format=torch.channels_last)
 
-
+# %% ../../nbs/training/loop.ipynb #10e1605c
 def _check_loss(loss: float, k: int, per_epoch: int, cases: Sequence[str]) -> None:
     "Raises: FloatingPointError that names step, epoch and cases when a loss is not finite."
     if not math.isfinite(loss):
@@ -398,7 +398,7 @@ def ct_to_images(slices: np.ndarray, multiple: int) -> Tensor:
     "Axial slices (Z, H, W) in HU as network input (Z, 1, H', W'), windowed 0..140 HU to 0..1 and padded."
     return pad_to_multiple(torch.from_numpy(window(slices))[:, None], multiple)
 
-
+# %% ../../nbs/training/loop.ipynb #3f3f9fdf
 @torch.inference_mode()
 def predict(net: nn.Module, images: Tensor, batch_size: int = 16) -> Tensor:
     "Probabilities (N, 1, H, W) of `images` (N, 1, H, W), in evaluation mode, fp32, and in batches."
@@ -406,7 +406,7 @@ def predict(net: nn.Module, images: Tensor, batch_size: int = 16) -> Tensor:
     device = next(net.parameters()).device
     return torch.cat([net(batch.to(device)).float().sigmoid().cpu() for batch in images.split(batch_size)])
 
-
+# %% ../../nbs/training/loop.ipynb #921d99e8
 def predict_volume(net: nn.Module, ct: HeadCT) -> Tensor:
     "Probabilities (X, Y, Z) of blood for a head CT, in the array's own axes."
     height, width = ct.slices().shape[1:]
@@ -447,12 +447,12 @@ def weights_hash(net: nn.Module) -> str:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
-
+# %% ../../nbs/training/loop.ipynb #76acc5ef
 def save_network(path: str | Path, net: nn.Module, **header: Any) -> None:
     "Write weights and configuration of a network as one safetensors file, with `header` for whatever else is known."
     save_tensors(path, net.state_dict(), {"network": net.config, "weights": weights_hash(net), **header})
 
-
+# %% ../../nbs/training/loop.ipynb #7f5e08da
 def load_network(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     "The network that `save_network` wrote, in evaluation mode, and its header. Raises: ValueError if damaged or foreign."
     tensors, header = load_tensors(path)

@@ -119,7 +119,7 @@ def _normal(strategy: Strategy) -> dict[str, Any]:
         return {"method": "fine-tuning", "region": strategy.method}
     return {"region": ""} if strategy.method in WHOLE else {}
 
-
+# %% ../../nbs/training/transfer.ipynb #1c061eb1
 def _check(strategy: Strategy) -> None:
     "Raises: ValueError for a word that does not exist, or options that do not go together."
     known = strategy_words()
@@ -164,7 +164,7 @@ def prepare(net: nn.Module, strategy: Strategy) -> int:
             net.get_submodule(name).requires_grad_(True)
     return sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
 
-
+# %% ../../nbs/training/transfer.ipynb #764ec7bf
 def heads(net: nn.Module, region: str) -> list[str]:
     "Names of a region's 1x1 convolutions."
     within = tuple(net.regions[region])
@@ -227,7 +227,7 @@ def cohort_tolerance(cohort: Cohort, stated: float | None = None) -> float | Non
     known = cohort.table.image[cohort.table.spacing == "known"]
     return surface_tolerance([max(scan_size(cohort.folder / image)[1]) for image in known], stated)
 
-
+# %% ../../nbs/training/transfer.ipynb #c45e7b04
 def score_cohort(net: nn.Module, cohort: Cohort,
                  tolerance_mm: float | None = None) -> tuple[pd.DataFrame, dict[str, Tensor]]:
     """Scores, one row per scan; and per patient the slice with most blood as uint8 (3, H, W): CT 0..80 HU, mask, p.
@@ -289,7 +289,7 @@ def _train(run: _Folds, net: nn.Module, patients: Sequence[str], rate: float, se
     return train_patients(net, run.store, patients, how_to_train(run.strategy, rate, seed), checkpoint=checkpoint,
                           every=run.every, quiet=run.quiet, label=run.strategy.name, tensorboard=run.tensorboard)
 
-
+# %% ../../nbs/training/transfer.ipynb #2d0a2b67
 def _fit(run: _Folds, patients: Sequence[str], rate: float, seed: int, checkpoint: Checkpoint) -> tuple[nn.Module, pd.DataFrame]:
     "A network adapted on `patients`, whatever the strategy, and its history; what was to stay frozen is compared."
     net, history = run.begin(seed), pd.DataFrame({name: [] for name in ("step", "epoch", "loss", "dice", "learning_rate")})
@@ -315,7 +315,7 @@ def _try_rate(run: _Folds, rate: float, parts: tuple[list[str], list[str]], seed
         return None
     return dice_of_rows(net, run.store, run.store.rows(parts[1]))
 
-
+# %% ../../nbs/training/transfer.ipynb #b9aad064
 def _choose_rate(run: _Folds, number: int, patients: Sequence[str], seed: int, facts: Mapping[str, Any]) -> dict[str, float | None]:
     "Inner-split Dice by candidate; kept in a file, so that none is tried twice. Raises: FloatingPointError if all fail."
     path, parts = run.folder / f"fold{number}.rates.json", inner_split(patients, run.store.bleeding(patients), seed)
@@ -340,7 +340,7 @@ def _save_fold(folder: Path, fold: int, net: nn.Module, strategy: Strategy, base
         save_tensors(folder / f"weights-fold{fold}.safetensors", {name: state[name] for name in names},
                      {"strategy": strategy.facts(), "base": base, "fold": fold})
 
-
+# %% ../../nbs/training/transfer.ipynb #7a204d3e
 def _score_fold(run: _Folds, net: nn.Module, number: int, fold: Fold) -> tuple[pd.DataFrame, dict[str, Tensor]]:
     "Scores with columns fold and role, and example slices."
     examples: dict[str, Tensor] = {}
@@ -378,7 +378,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
     "A run's or a fold's table, every number to its last bit."
     return pd.read_csv(path, dtype={"patient": str, "region": str}, keep_default_na=False, na_values=[""])
 
-
+# %% ../../nbs/training/transfer.ipynb #273f1590
 def load_run(folder: str | Path) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]:
     """run.json, patients.csv and history.csv of a run.
 
@@ -396,7 +396,7 @@ def load_run(folder: str | Path) -> tuple[dict[str, Any], pd.DataFrame, pd.DataF
         raise ValueError(f"{folder}: run.json is another run's: {'; '.join(lines)}; run it again")
     return run, _read_csv(folder / "patients.csv"), _read_csv(folder / "history.csv")
 
-
+# %% ../../nbs/training/transfer.ipynb #52aa4995
 def load_examples(folder: str | Path, role: str | None = None) -> dict[str, np.ndarray]:
     "patient -> (3, H, W) in 0..1 (CT 0..80 HU, mask, probability) of a run's folder; `role`: test, fit, None: both."
     check_recorded(Path(folder) / "examples.safetensors")
@@ -436,7 +436,7 @@ def _check_run(source: Mapping[str, Any], cohort: Cohort, strategy: Strategy, fo
             inner_split(fold.train, bleeding)
     return shared
 
-
+# %% ../../nbs/training/transfer.ipynb #f996ebb6
 def _table(done: Sequence[Path], strategy: Strategy, study: str) -> pd.DataFrame:
     "patients.csv of a run from those of its folds."
     table = pd.concat([_read_csv(folder / "patients.csv") for folder in done])
@@ -450,7 +450,7 @@ def _run_facts(run: _Folds, header: Mapping[str, Any], folds: Sequence[Fold], st
     return {"study": study, "strategy": run.strategy.facts(), "split": object_hash([asdict(fold) for fold in folds]),
             "base": header["weights"], "data": run.store.folder.name, "tolerance_mm": run.tolerance_mm}
 
-
+# %% ../../nbs/training/transfer.ipynb #6cdb7c16
 def _run_files(strategy: Strategy, folds: Sequence[Fold]) -> list[str]:
     "Names of what a run writes; `unfinished` holds its folds until all are done."
     kind = "adapter" if strategy.is_adapter else "weights"
