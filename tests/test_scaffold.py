@@ -181,7 +181,7 @@ def test_an_uncommitted_export_is_found(pristine):
     git(pristine, "commit", "--quiet", "--message", "notebook only", "nbs")
     try:
         subprocess.run(["nbdev-export"], cwd=pristine, check=True, capture_output=True)
-        assert any("last commit: sahlora/files.py: differs" in line for line in check(pristine))
+        assert any("last commit: sahlora/common/files.py: differs" in line for line in check(pristine))
     finally:
         git(pristine, "reset", "--hard", "--quiet", "HEAD~1")
 
