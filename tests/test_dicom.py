@@ -277,7 +277,7 @@ def test_bad_zips(tmp_path, monkeypatch):
     scan.write_bytes(encrypted)
     refused(scan, "encrypted", "password")
     scan.write_bytes(whole)
-    monkeypatch.setattr(sahlora.ct.series, "ZIP_LIMIT", 1000)
+    monkeypatch.setattr(sahlora.ct.dicom, "ZIP_LIMIT", 1000)
     refused(scan, "unpacked", "name the folder")
     with zipfile.ZipFile(scan, "w"):
         pass

@@ -291,7 +291,7 @@ def test_a_notebook_that_runs_without_a_browser_keeps_the_picture(monkeypatch):
 
     for name in ("JPY_SESSION_NAME", "VSCODE_PID"):
         monkeypatch.delenv(name, raising=False)
-    cells = ["import numpy as np\nfrom sahlora.prediction.viewer import view", "view(np.full((32, 40, 6), 30.0), np.ones((32, 40, 6)))"]
+    cells = ["import numpy as np\nfrom sahlora.prediction import view", "view(np.full((32, 40, 6), 30.0), np.ones((32, 40, 6)))"]
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     NotebookClient(nb, timeout=300, kernel_name="python3").execute()
     assert set(nb.cells[1].outputs[0].data) == {"text/plain", "image/png"}
