@@ -384,7 +384,7 @@ _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose
 
 
 class AdaptedConvTranspose(AdaptedConv):
-    "The same for transposed convolutions, whose forward takes an output size."
+    "An adapted transposed convolution, whose forward takes an output size."
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         W, n = self._weight_for(input), len(self.kernel_size)

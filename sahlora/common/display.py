@@ -76,7 +76,7 @@ def png_bytes(picture: np.ndarray, colors: int | None = None) -> bytes:
 
 # %% ../../nbs/common/display.ipynb #51d6c328
 def png_html(picture: np.ndarray, alt: str, colors: int | None = None) -> str:
-    "The same as an HTML image that holds its own PNG; `alt`: what it shows, for those who can not see it."
+    "A picture as `png_bytes` takes it, as an HTML image that holds its own PNG; `alt`: what it shows, for those who can not see it."
     data = base64.b64encode(png_bytes(picture, colors)).decode()
     return f'<img alt="{html_text(alt)}" width="{picture.shape[1]}" height="{picture.shape[0]}" src="data:image/png;base64,{data}">'
 

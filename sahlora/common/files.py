@@ -249,7 +249,7 @@ def _acquire(folder: Path, wait: bool) -> tuple[FileLock | SoftFileLock, bool]:
 
 # %% ../../nbs/common/files.ipynb #7c00629c
 def _take(folder: Path, wait: bool) -> tuple[FileLock | SoftFileLock, bool]:
-    "As `_acquire`, but says who is waited for. Raises: BlockingIOError that names the owner; ValueError for a file."
+    "The lock of a folder; prints who is waited for. Raises: BlockingIOError that names the owner; ValueError for a file."
     blocking = False
     while True:
         try:

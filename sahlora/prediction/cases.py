@@ -178,7 +178,7 @@ def case_row(name: str, source: str | Path, p: Prediction, warnings: Sequence[st
 
 # %% ../../nbs/prediction/cases.ipynb #5a0b8d14
 def failed_row(name: str, source: str | Path, error: Exception) -> dict[str, Any]:
-    "The same for a case that could not be predicted: why, on one line."
+    "The line of cases.csv of a case that could not be predicted, with the reason."
     words = plain_words(error) if isinstance(error, OSError) else str(error)
     words = plain_text(words) or type(error).__name__
     return {"case": name, "source": printable(os.path.abspath(source)), "status": "failed", "warnings": "", "error": words}

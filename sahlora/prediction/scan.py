@@ -225,7 +225,7 @@ class _Engine:
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, tta: bool = False) -> Tensor:
-        "The same, and with `tta` the mean with the slices mirrored left to right."
+        "Probabilities as `once` gives them; with `tta` the mean with those of the slices mirrored left to right."
         return (self.once(x) + self.once(x.flip(-1)).flip(-1)) / 2 if tta else self.once(x)
 
 # %% ../../nbs/prediction/scan.ipynb #53557d8a

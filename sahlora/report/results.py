@@ -396,7 +396,7 @@ def cost_table(cost: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
 # %% ../../nbs/report/results.ipynb #94fe5998
 def study_output(out: str | Path, command: str, study: str, content: object, files: Iterable[str],
                  overwrite: bool = False) -> AbstractContextManager[bool]:
-    "As `output_folder`, for what `content` (JSON) of a study's results decides; what the same study left there is replaced."
+    "The output folder of what `content` (JSON) of a study decides, as `output_folder`; what the same study left there is replaced."
     mine = (read_record(out) or {"facts": {}})["facts"].get("study") == study
     return output_folder(out, command, {"study": study, "content": object_hash(content)}, files, overwrite or mine)
 

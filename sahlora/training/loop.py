@@ -208,7 +208,7 @@ class _Loop:
 
 # %% ../../nbs/training/loop.ipynb #3fc052b2
 def _descend(loop: _Loop, k: int, loss: Tensor) -> None:
-    "What follows the loss: backward, clip, step, average."
+    "One optimizer step: backward, gradient clipping, learning rate, update, moving average."
     loop.optimizer.zero_grad()
     loss.backward()
     if loop.how.clip is not None:
