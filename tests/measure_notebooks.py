@@ -7,8 +7,9 @@ from pathlib import Path
 
 
 def measure(path: str | Path) -> dict[str, float]:
-    """Of a notebook, or of all in a folder: cells; non-blank lines of a code cell, directives aside (median, longest); words of prose to a code cell; formulas; pictures; checks.
+    """Of a notebook, or of all in a folder: how many cells, how long, how much prose.
 
+    cells; non-blank lines of a code cell, directives aside (median, longest); words of prose to a code cell; formulas; pictures; checks.
     A check is an assert, or a call of fastcore's test functions.
     """
     notebooks = sorted(Path(path).glob("*.ipynb")) if Path(path).is_dir() else [Path(path)]

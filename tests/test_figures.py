@@ -15,9 +15,9 @@ from matplotlib.colors import to_hex
 from sahlora.evaluation.claims import REVISION
 from sahlora.ct import HeadCT
 from sahlora.common.display import plain_text
-from sahlora.report.figures import (amounts, best_median_worst, cohort_sheet, dice_by_parameters,
-                                    dice_by_strategy, dice_by_volume, few, learning_curves, ledger,
-                                    overlays, study_overview, volume_agreement)
+from sahlora.report.figures import (amounts, dice_by_parameters, dice_by_strategy, dice_by_volume,
+                                    few, ledger, study_overview, volume_agreement)
+from sahlora.report.pictures import best_median_worst, cohort_sheet, learning_curves, overlays
 from sahlora.common.style import COLUMN, NOTE, PAGE, family, label, look, nothing, parts, save_figure
 from sahlora.prediction.scan import overlay_sheet
 

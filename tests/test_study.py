@@ -185,10 +185,12 @@ def test_a_stage_reaches_what_decides_its_result_and_nothing_else(project):
         cells = nbformat.read(path, 4).cells
         modules[path.stem[2:]] = set(reached("\n".join(cell.source for cell in cells if cell.cell_type == "code")))
     for stage, wanted, alien in (
-        ("cohorts", {"phantom.trauma", "layouts", "study"}, {"report", "results", "batch"}),
-        ("pretrain", {"training", "augmentation", "slices", "unet"}, {"transfer", "statistics", "claims", "report", "study"}),
-        ("finetune", {"training", "strategies", "adapters.cp_lora", "evaluation", "checkpoint"}, {"statistics", "claims", "report", "results", "study"}),
-        ("report", {"claims", "statistics", "results", "figures.results"}, {"batch", "cli"}),
+        ("cohorts", {"phantom.bleeding", "cohorts.layouts", "study.schema"}, {"report.page", "report.results", "report.figures", "study.batch"}),
+        ("pretrain", {"training.loop", "cohorts.slices", "unet"},
+         {"training.transfer", "evaluation.statistics", "evaluation.claims", "report.page", "report.figures", "study.schema"}),
+        ("finetune", {"training.loop", "training.transfer", "training.checkpoint", "adapters.cp_lora", "evaluation.scores"},
+         {"evaluation.statistics", "evaluation.claims", "report.page", "report.results", "report.figures", "study.schema"}),
+        ("report", {"evaluation.claims", "evaluation.statistics", "report.results", "report.figures"}, {"study.batch", "cli"}),
     ):
         assert {f"sahlora.{name}" for name in wanted} <= modules[stage], stage
         assert not {f"sahlora.{name}" for name in alien} & modules[stage], stage

@@ -305,7 +305,7 @@ def cohort_show(
       sahlora cohort show cohorts/mine --out sheet.png
     """
     from sahlora.cohorts.cohort import Cohort, cohort_pictures, cohort_table
-    from sahlora.report.figures import cohort_sheet
+    from sahlora.report.pictures import cohort_sheet
     from sahlora.common.style import save_figure
 
     shown = Cohort.read(folder)

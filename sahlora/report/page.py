@@ -18,9 +18,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..common.display import markdown_text, plain_text, table_markdown
-from .figures import (amounts, cohort_sheet, dice_by_parameters, dice_by_strategy,
-                                    dice_by_volume, learning_curves, ledger, overlays,
-                                    study_overview, volume_agreement)
+from .figures import (amounts, dice_by_parameters, dice_by_strategy,
+                                    dice_by_volume, ledger, study_overview, volume_agreement)
+from .pictures import cohort_sheet, learning_curves, overlays
 from ..common.style import save_figure
 from ..common.files import atomic_path, file_hash, read_json
 from .results import (patient_frame, plan_strategies, read_results, strategy_names,

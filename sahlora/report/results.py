@@ -33,7 +33,7 @@ from ..cohorts.cohort import Cohort, cohort_pictures, describe_cohort
 from ..common.display import plain_text, table_markdown
 from ..evaluation.scores import SCORES, summarize, surface_heading
 from ..study.experiment import project_folder, project_path
-from .figures import best_median_worst
+from .pictures import best_median_worst
 from ..common.style import label
 from ..common.files import (atomic_path, differences, load_tensors, object_hash,
                                   output_folder, read_json, read_record, save_tensors, write_csv,
