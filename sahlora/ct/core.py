@@ -221,7 +221,9 @@ def _finite(hu: np.ndarray, name: str, fill_nan: bool) -> tuple[np.ndarray, list
     return hu, [f"warning: {count} voxels that were not a number were filled with air"] if count else []
 
 # %% ../../nbs/ct/core.ipynb #3df21ee4
-LIGHT, HEAVY, SHARE = -500.0, 300.0, 1e-4  # HU of air and of bone, and the least share of voxels of each
+LIGHT = -500.0  # HU; below it is air
+HEAVY = 300.0  # HU; above it is bone
+SHARE = 1e-4  # of voxels that a head CT has of each, at least
 
 
 def _looks_like_hu(hu: np.ndarray, name: str) -> None:
