@@ -664,6 +664,3 @@ def report_figures(folder: Annotated[Path, typer.Argument(help="A report: result
     from sahlora.report.page import draw_figures
 
     say(f"{out}: {len(draw_figures(folder, out))} figures")
-
-# %% ../../nbs/cli/commands.ipynb #011f20ad
-_all_ = ["METHOD_NAMES", "app", "shell"]
