@@ -17,9 +17,9 @@ from adapters import shown, table, write
 from scipy.stats import spearmanr
 
 from sahlora.evaluation.claims import REVISION, Claim, Plan, judge
-from sahlora.common.style import label
 from sahlora.common.files import read_json
-from sahlora.report.results import read_results, strategy_name, tested_rows
+from sahlora.common.style import read_run
+from sahlora.report.results import read_results, tested_rows
 
 Results = dict[str, Any]
 
@@ -59,7 +59,7 @@ def ledger(results: Results, runs: set[str]) -> list[Claim]:
     "The claims from these runs alone."
     rows = tested_rows(results)
     rows = rows[rows.run.isin(runs)]
-    trainable = {run["id"]: run["trainable"] for run in results["runs"] if run["id"] in set(rows.run)}
+    trainable = {read_run(run): run["trainable"] for run in results["runs"] if run["id"] in set(rows.run)}
     return judge(rows, trainable, Plan(**results["plan"]))
 
 
@@ -87,7 +87,8 @@ def main() -> None:
     results = [read_results(folder)[0] for folder in options.folders]
     one, other = (soft_dice(pd.DataFrame(each["patients"]).query("role == 'test'")) for each in results)
     rows = compared(one, other)
-    lines = [[label(strategy_name(run)), f"{r.one:.3f}", f"{r.other:.3f}", f"{r.gap:+.3f}", f"{r.each:.3f}", f"{r.most:.3f}"]
+    labels = {run["id"]: read_run(run).strategy.label for run in results[0]["runs"]}
+    lines = [[labels[run], f"{r.one:.3f}", f"{r.other:.3f}", f"{r.gap:+.3f}", f"{r.each:.3f}", f"{r.most:.3f}"]
              for run, r in rows.sort_index().iterrows()]  # fmt: skip
     adapters = rows[["lora" in run or "dora" in run for run in rows.index]]
     command = f"python benchmarks/devices.py {shown(options.folders[0])} {shown(options.folders[1])} --out {shown(options.out)}"

@@ -22,20 +22,32 @@ def places(count=SHAPE[2], step=SPACING[2]) -> np.ndarray:
     return CORNER + np.arange(count)[:, None] * np.array([0, 0, step])
 
 
+TAGS = {
+    "SOPClassUID": CTImageStorage, "Modality": "CT", "PatientID": "one", "StudyInstanceUID": "1.2.826.0.2",
+    "StudyDate": "20240131", "FrameOfReferenceUID": "1.2.826.0.4", "SeriesDescription": "Head",
+    "ConvolutionKernel": "STANDARD", "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"], "BodyPartExamined": "HEAD",
+    "SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2", "BitsAllocated": 16, "BitsStored": 16,
+    "HighBit": 15, "PixelRepresentation": 0, "RescaleSlope": 1, "RescaleIntercept": -1024,
+}  # fmt: skip
+
+
 def dataset(plane, corner, row=(1, 0, 0), column=(0, 1, 0), spacing=SPACING, number=1, series=2) -> Dataset:
     "One CT slice (rows, columns) of HU; `corner`, `row`, `column` in DICOM's frame; spacing along (row, column)."
     ds = Dataset()
-    ds.SOPClassUID, ds.SOPInstanceUID, ds.Modality = CTImageStorage, f"1.2.826.0.1.{series}.{number}", "CT"
-    ds.PatientID, ds.StudyInstanceUID, ds.StudyDate = "one", "1.2.826.0.2", "20240131"
-    ds.SeriesInstanceUID, ds.FrameOfReferenceUID = f"1.2.826.0.3.77777{series}", "1.2.826.0.4"
-    ds.SeriesNumber, ds.InstanceNumber, ds.SeriesDescription, ds.ConvolutionKernel = series, number, "Head", "STANDARD"
-    ds.ImageType, ds.BodyPartExamined, ds.SliceThickness = ["ORIGINAL", "PRIMARY", "AXIAL"], "HEAD", spacing[2]
-    ds.ImagePositionPatient = [f"{x:.6g}" for x in corner]
-    ds.ImageOrientationPatient = [f"{x:.7g}" for x in (*row, *column)]
-    ds.PixelSpacing = [spacing[1], spacing[0]]
-    (ds.Rows, ds.Columns), ds.SamplesPerPixel, ds.PhotometricInterpretation = plane.shape, 1, "MONOCHROME2"
-    ds.BitsAllocated = ds.BitsStored = 16
-    ds.HighBit, ds.PixelRepresentation, ds.RescaleSlope, ds.RescaleIntercept = 15, 0, 1, -1024
+    own = {
+        "SOPInstanceUID": f"1.2.826.0.1.{series}.{number}",
+        "SeriesInstanceUID": f"1.2.826.0.3.77777{series}",
+        "SeriesNumber": series,
+        "InstanceNumber": number,
+        "SliceThickness": spacing[2],
+        "ImagePositionPatient": [f"{x:.6g}" for x in corner],
+        "ImageOrientationPatient": [f"{x:.7g}" for x in (*row, *column)],
+        "PixelSpacing": [spacing[1], spacing[0]],
+        "Rows": plane.shape[0],
+        "Columns": plane.shape[1],
+    }
+    for keyword, value in (TAGS | own).items():
+        setattr(ds, keyword, value)
     ds.add_new("PixelData", "OW", np.ascontiguousarray(plane + 1024).astype("<u2").tobytes())
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian

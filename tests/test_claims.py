@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 
 from sahlora.evaluation import claims as ledger
+from sahlora.common.style import RunId
 from sahlora.evaluation.statistics import compare, equivalence, paired, spearman
-from sahlora.evaluation.claims import (CLAIMS, REVISION, UNDER_REVISION, VERDICTS, Claim, Plan, claim_1, claim_2, claim_3, claim_4, claim_5, comparable,
+from sahlora.evaluation.claims import (CLAIMS, REVISION, UNDER_REVISION, VERDICTS, Claim, Plan, Rule, claim_1, claim_2, claim_3, claim_4, claim_5, comparable,
                             count_parameters, decide, detail, equal_parameter_pairs, equal_rank_pairs, gather,
                             lacking_pairs, method_scores, methods_of, not_tested, one_beats_other,
                             rank_sides, rank_trend, volume_trends, without_p)
@@ -34,7 +35,7 @@ def study(gains=None, slope=0.1, patients=24, noise=0.03, seeds=(0, 1), seed=0, 
         rows += [{"study": "invented", "method": method, "rank": rank, "region": region, "seed": s, "fold": i % 3,
                   "role": "test", "patient": f"p{i:02d}", "run": f"{name}-s{s}", "volume_ml": ml[i],
                   "dice_soft": level[i] + gain + rng.normal(0, noise)} for s in seeds for i in range(patients)]
-    trainable = {f"{m}-r{r}-decoding-s{s}": count * r for m, count in PER_RANK.items() for r in ranks for s in seeds}
+    trainable = {RunId(m, r, "decoding", replicate=s): count * r for m, count in PER_RANK.items() for r in ranks for s in seeds}
     return pd.DataFrame(rows), trainable
 
 
@@ -70,7 +71,7 @@ def test_every_claim_can_be_untested_and_says_why():
 
 
 def test_verdicts_are_words_of_the_list_and_numbers_are_those_of_the_paper():
-    assert VERDICTS == ("supported", "contradicted", "inconclusive", "not tested", "under revision") and list(CLAIMS) == [1, 2, 3, 4, 5]
+    assert VERDICTS == ("supported", "contradicted", "inconclusive", "not tested", "under revision") and sorted(CLAIMS) == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("world, slope", [(PAPER, 0.1), (AGAINST, -0.1), (SAME, 0.0)])
@@ -122,7 +123,7 @@ def by_hand(runs, others=("lora-c",), **more):
     rows = [{"method": m, "rank": r, "region": region, "seed": 0, "patient": f"p{i}", "volume_ml": 10.0 * i,
              "dice_soft": 0.3 + 0.05 * i + add[i - 1]} for (m, r, region), add in runs.items() for i in SIX]
     plan = Plan(adapters=["cp-lora"], others=list(others), **more)
-    return gather(pd.DataFrame(rows), {"cp-lora-r8-decoding": 4920, "lora-c-r8-decoding": 39432}, plan), plan
+    return gather(pd.DataFrame(rows), {RunId("cp-lora", 8, "decoding"): 4920, RunId("lora-c", 8, "decoding"): 39432}, plan), plan
 
 
 def test_evidence_by_hand():
@@ -275,7 +276,7 @@ def test_order_of_rows_and_seed_suffixes_do_not_matter():
     one, other = judge(table, trainable, PLAN), judge(table.sample(frac=1, random_state=0), trainable, PLAN)
     for a, b in zip(one, other):
         assert (a.verdict, a.effect, a.interval) == (b.verdict, pytest.approx(b.effect), pytest.approx(b.interval))
-    without = {name.removesuffix("-s0"): count for name, count in trainable.items() if name.endswith("-s0")}
+    without = {run.strategy: count for run, count in trainable.items() if run.replicate == 0}
     assert judge(table.drop(columns="run"), without, PLAN) == one
 
 
@@ -376,7 +377,7 @@ def test_half_of_claim_4_is_not_enough():
 
 def test_no_fewer_parameters_contradict_claim_4():
     table, trainable = study(PAPER)
-    many = {name: 10 ** 6 if name.startswith("cp-lora") else count for name, count in trainable.items()}
+    many = {run: 10 ** 6 if run.method == "cp-lora" else count for run, count in trainable.items()}
     claim = judge(table, many, PLAN)[3]
     assert claim.verdict == "contradicted"
     assert "no fewer parameters at equal rank than lora-c-r8-decoding" in claim.reason
@@ -410,6 +411,26 @@ def test_ranks_that_stand_for_a_method():
     assert only.verdict == "not tested" and "any adapter of the plan was not run" in only.reason
 
 
+def test_a_score_that_is_better_when_lower_gets_the_same_verdicts():
+    "A distance that falls by what Dice rises: the verdicts stay, the differences change their sign."
+    for world, slope in ((PAPER, 0.1), (AGAINST, -0.1), (SAME, 0.0)):
+        table, trainable = study(world, slope=slope)
+        far = table.assign(hd95_mm=1 - table.dice_soft)
+        asked = PLAN.model_copy(update={"score": "hd95_mm"})
+        for one, other in zip(judge(table, trainable, PLAN), judge(far, trainable, asked)):
+            assert one.verdict == other.verdict and one.p == pytest.approx(other.p) and one.effect == pytest.approx(-other.effect)
+            assert one.interval == pytest.approx((-other.interval[1], -other.interval[0]), abs=1e-6)
+
+
+def test_a_claim_of_ones_own_is_judged_with_the_others(monkeypatch):
+    table, trainable = study(PAPER)
+    own = Rule(6, "Patients are many.", lambda evidence, plan: Claim(6, "Patients are many.", "supported", "a count", n=len(evidence.scores)))
+    monkeypatch.setattr(ledger, "CLAIMS", dict(CLAIMS))
+    ledger.CLAIMS[own.number] = own
+    claims = judge(table, trainable, PLAN)
+    assert [claim.number for claim in claims] == [1, 2, 3, 4, 5, 6] and claims[5].n == 24
+
+
 # what can not be read
 
 @pytest.mark.parametrize("column, own, other, words", [
@@ -427,11 +448,11 @@ def test_runs_of_several_comparisons_in_one_table_are_refused(column, own, other
 
 def test_two_ways_to_run_one_strategy_are_refused():
     table, trainable = study(PAPER)
-    again = table[table.run == "cp-lora-r8-decoding-s0"].assign(run="cp-lora-r8-decoding-extras-s0")
+    again = table[table.run == "cp-lora-r8-decoding-s0"].assign(extras=True)
     with pytest.raises(ValueError, match="cp-lora-r8-decoding, cp-lora-r8-decoding-extras share"):
         judge(pd.concat([table, again]), trainable, PLAN)
     with pytest.raises(ValueError, match="615 and 700"):
-        count_parameters({"cp-lora-r1-decoding-s0": 615, "cp-lora-r1-decoding-s1": 700})
+        count_parameters({RunId("cp-lora", 1, "decoding", replicate=seed): count for seed, count in ((0, 615), (1, 700))})
     with pytest.raises(ValueError, match="no column dice_soft"):
         judge(table.drop(columns="dice_soft"), trainable, PLAN)
 

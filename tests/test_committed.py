@@ -24,7 +24,8 @@ def leaves(content, name=""):
 
 
 def test_the_study_file_is_the_one_that_was_run(project, committed):
-    assert study.read_study(project / "paper/studies/demo.yaml").model_dump(mode="json") == committed["study"]
+    later = {"extensions": []}  # a key that came after the run has its default
+    assert study.read_study(project / "paper/studies/demo.yaml").model_dump(mode="json") == {**later, **committed["study"]}
     assert len(committed["runs"]) == 58 and not committed["failed"] and not committed["missing"]
     assert set(committed["provenance"]["commit"]) <= set("0123456789abcdef")  # of code without changes
 

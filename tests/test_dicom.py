@@ -24,7 +24,8 @@ from pydicom.uid import (
 
 import sahlora.ct.dicom
 from sahlora.ct import read_ct
-from sahlora.ct.dicom import FINDINGS, find_holes, list_series, read_dicom, write_seg
+from sahlora.ct.core import find_gaps
+from sahlora.ct.dicom import FINDINGS, list_series, read_dicom, write_seg
 
 AFFINE = np.array([[-0.5, 0, 0, 5], [0, -0.75, 0, 9], [0, 0, 5, -20], [0, 0, 0, 1.0]])
 
@@ -706,11 +707,11 @@ def test_two_stacks_of_two_thicknesses_are_no_gap(tmp_path):
     assert np.allclose(ct.slice_ml * 1000 / (0.5 * 0.75), [4, 4, 4, 2.5, 4.5, 8, 8, 8])
 
 
-def test_holes_without_thickness():
+def test_gaps_that_only_thickness_shows():
     z = np.array([0, 5, 10, 15, 25, 35, 45.0])
-    assert [k for k, *_ in find_holes(z, np.full(7, 5.0))] == [3, 4, 5]
-    assert [k for k, *_ in find_holes(z, np.array([5.0] * 4 + [10.0] * 3))] == []
-    assert find_holes(np.arange(9) * 5.0, np.full(9, np.nan)) == []
+    assert [k for k, *_ in find_gaps(z, np.full(7, 5.0))] == [3, 4, 5]
+    assert [k for k, *_ in find_gaps(z, np.array([5.0] * 4 + [10.0] * 3))] == []
+    assert find_gaps(np.arange(9) * 5.0, np.full(9, np.nan)) == []
 
 
 def test_moved_slices(tmp_path):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from sahlora.ct import HeadCT
-from sahlora.evaluation.scores import (BINS, MIN_LESION_ML, SCORES, VOLUMES, bounding_box, by_bin, dice, empty_side, f1,
+from sahlora.evaluation.scores import (BINS, METRICS, MIN_LESION_ML, VOLUMES, Metric, bounding_box, by_bin, dice, empty_side, f1,
                                 find_lesions, hausdorff, lesion_counts, place_mm, score_patient, slice_counts,
                                 summarize, surface, surface_dice, surface_distances, surface_heading,
                                 surface_tolerance, volume_bin, voxel_edges)
@@ -488,6 +488,12 @@ def test_keys_and_types_of_a_patient():
         assert not any(math.isnan(scores[name]) for name in anyway)
 
 
+def test_a_metric_of_ones_own_is_scored_after_the_others(monkeypatch):
+    monkeypatch.setitem(METRICS, "recall", Metric("recall", "", "higher", "share found", lambda one: float(one.hard[one.t].mean())))
+    a, b = masks((12, 12, 6), 0)
+    assert list(score_patient(1.0 * a, b))[-2:] == ["empty", "recall"] and score_patient(1.0 * b, b)["recall"] == 1
+
+
 def test_a_single_slice_has_distances_and_no_volume():
     a, b = masks((12, 12, 1), 0)
     scores = score_patient(1.0 * a, b, scan((12, 12, 1), (1, 1, 5)))
@@ -571,7 +577,7 @@ def test_a_patient_is_bounded_and_symmetric_where_it_should_be(seed):
     one, other = score_patient(1.0 * a, b, ct), score_patient(1.0 * b, a, ct)
     for name in ("dice_soft", "dice_hard", "nsd", "hd95_mm"):
         assert one[name] == pytest.approx(other[name], nan_ok=name == "nsd")
-    assert all(0 <= one[name] <= 1 for name in SCORES if name != "hd95_mm" and not math.isnan(one[name]))
+    assert all(0 <= one[name] <= 1 for name in METRICS if name != "hd95_mm" and not math.isnan(one[name]))
     assert one["slice_fp"] == other["slice_fn"] and one["volume_ml"] == pytest.approx(other["predicted_hard_ml"])
     perfect = score_patient(1.0 * b, b, ct)
     assert perfect["dice_soft"] == 1 and (seed % 2 or perfect["nsd"] == 1) and perfect["hd95_mm"] == 0 == perfect["lesion_fn"]

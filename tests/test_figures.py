@@ -16,16 +16,18 @@ from sahlora.evaluation.claims import REVISION
 from sahlora.ct import HeadCT
 from sahlora.common.display import plain_text
 from sahlora.report.figures import (amounts, dice_by_parameters, dice_by_strategy, dice_by_volume,
-                                    few, ledger, study_overview, volume_agreement)
+                                    ledger, study_overview, volume_agreement)
 from sahlora.report.pictures import best_median_worst, cohort_sheet, learning_curves, overlays
-from sahlora.common.style import COLUMN, NOTE, PAGE, family, label, look, nothing, parts, save_figure
+from sahlora.common.style import COLUMN, NOTE, PAGE, RunId, family, label, look, nothing, read_run, run_record, save_figure
 from sahlora.prediction.scan import overlay_sheet
 
 METHODS = ("lora-c", "convlora", "cp-lora", "dora-c", "convdora", "cp-dora")
 REGIONS = {"shallow": 46_785, "deep": 46_464, "encoding": 46_944, "decoding": 101_985, "all": 232_737}
-FEW = ("none", "norm-stats", "fine-tuning-decoding", "cp-lora-r8-decoding")
-MANY = ("none", "norm-stats", "scratch", *(f"fine-tuning-{at}" for at in ("shallow", "deep", "encoding", "decoding", "all")),
-        *(f"{method}-r{rank}-decoding" for method in METHODS for rank in (2, 8, 32)))
+NONE, NORMS, SCRATCH = RunId("none"), RunId("norm-stats"), RunId("scratch")
+STANDARD, ADAPTER = RunId("fine-tuning", region="decoding"), RunId("cp-lora", 8, "decoding")
+FEW = (NONE, NORMS, STANDARD, ADAPTER)
+MANY = (NONE, NORMS, SCRATCH, *(RunId("fine-tuning", region=at) for at in ("shallow", "deep", "encoding", "decoding", "all")),
+        *(RunId(method, rank, "decoding") for method in METHODS for rank in (2, 8, 32)))
 BINS = ("<25", "25-50", "50-100", ">100")
 CLAIMS = ("Transfer is feasible: fine-tuning on the target beats none.", "LoRA-based methods beat standard fine-tuning.",
           "Larger volumes are segmented better, by every method.",
@@ -43,7 +45,12 @@ class Invented:
     volumes: list[dict[str, Any]]
     amounts: list[dict[str, Any]]
     claims: list[dict[str, Any]]
-    histories: dict[str, pd.DataFrame] = field(default_factory=dict)
+    histories: dict[Any, pd.DataFrame] = field(default_factory=dict)
+
+    @property
+    def shown(self) -> list[RunId]:
+        "Strategies for figures that hold a handful."
+        return list(dict.fromkeys(read_run(run).strategy for run in self.runs))[:8]
 
     def results(self, **more: Any) -> dict[str, Any]:
         cohort = {"patients": int(self.patients.patient.nunique()), "scans": int(self.patients.patient.nunique())}
@@ -62,13 +69,11 @@ def spread(values: pd.Series) -> dict[str, Any]:
 
 def invented_runs(names, seeds):
     size = {"lora-c": 4929, "convlora": 3393, "cp-lora": 615, "dora-c": 4929, "convdora": 3393, "cp-dora": 615}
-    for name in names:
-        one = parts(name)
-        count = size.get(one["method"], 100) * int(one["rank"]) if one["rank"] else \
-            {"none": 0, "norm-stats": 0, "scratch": 232_737}.get(one["method"], REGIONS.get(one["region"]))
-        yield from ({"id": f"{name}-s{seed}", "name": name, "method": one["method"], "region": one["region"] or "", "extras": False,
-                     "rank": int(one["rank"]) if one["rank"] else None, "trainable": count, "seed": seed, "folds": 3, "network": "",
-                     "patients": None} for seed in range(seeds))
+    for run in names:
+        count = size.get(run.method, 100) * run.rank if run.rank else \
+            {"none": 0, "norm-stats": 0, "scratch": 232_737}.get(run.method, REGIONS.get(run.region))
+        yield from ({**run_record(RunId(run.method, run.rank, run.region, replicate=seed)), "id": f"{run.name}-s{seed}", "name": run.name,
+                     "trainable": count, "folds": 3} for seed in range(seeds))
 
 
 def invented_claims():
@@ -85,22 +90,23 @@ def invent(names, patients=30, seeds=2):
     "Invented results of so many strategies, patients and seeds."
     rng = np.random.default_rng(0)
     ml = rng.lognormal(3.4, 0.9, patients)
-    rows = [{"run": name, "seed": seed, "patient": f"p{i:02d}", "role": "test", "volume_ml": ml[i],
+    rows = [{"method": run.method, "rank": run.rank, "region": run.region, "strategy": run, "seed": seed,
+             "patient": f"p{i:02d}", "role": "test", "volume_ml": ml[i],
              "predicted_ml": ml[i] * rng.lognormal(0, 0.3),
              "dice_soft": float(np.clip(0.1 + 0.1 * np.log(ml[i]) + 0.003 * k + rng.normal(0, 0.05), 0, 1)), "collapsed": False}
-            for k, name in enumerate(names) for seed in range(seeds) for i in range(patients)]
+            for k, run in enumerate(names) for seed in range(seeds) for i in range(patients)]
     table = pd.DataFrame(rows)
-    means = table.groupby(["run", "patient"], sort=False)[["dice_soft", "volume_ml", "predicted_ml"]].mean().reset_index()
+    means = table.groupby(["strategy", "patient"], sort=False)[["dice_soft", "volume_ml", "predicted_ml"]].mean().reset_index()
     means["bin"] = pd.cut(means.volume_ml, [0, 25, 50, 100, np.inf], labels=BINS)
-    volumes = [{"strategy": name, "bias": 1.0, "bias_low": 0.0, "bias_high": 2.0, "loa_low": -9.0, "loa_low_low": -11.0,
-                "loa_low_high": -7.0, "loa_high": 11.0, "loa_high_low": 9.0, "loa_high_high": 13.0} for name in names]
+    volumes = [{"strategy": run.name, "bias": 1.0, "bias_low": 0.0, "bias_high": 2.0, "loa_low": -9.0, "loa_low_low": -11.0,
+                "loa_low_high": -7.0, "loa_high": 11.0, "loa_high_low": 9.0, "loa_high_high": 13.0} for run in names]
     fits = pd.concat([pd.DataFrame({"run": f"r-s{seed}", "fold": fold, "step": np.arange(1, 60), "loss": rng.uniform(0.2, 0.9, 59)})
                       for seed in range(seeds) for fold in range(3)])
     return Invented(table, list(invented_runs(names, seeds)),
-                    [{"strategy": name, **spread(part.dice_soft)} for name, part in means.groupby("run", sort=False)],
-                    [{"strategy": name, "bin": one, **spread(means[(means.run == name) & (means.bin == one)].dice_soft)}
-                     for name in names for one in BINS], volumes,
-                    [{"strategy": name, "patients": count, **spread(means[means.run == name].dice_soft)} for name in names[-3:]
+                    [{"strategy": run.name, **spread(part.dice_soft)} for run, part in means.groupby("strategy", sort=False)],
+                    [{"strategy": run.name, "bin": one, **spread(means[(means.strategy == run) & (means.bin == one)].dice_soft)}
+                     for run in names for one in BINS], volumes,
+                    [{"strategy": run.name, "patients": count, **spread(means[means.strategy == run].dice_soft)} for run in names[-3:]
                      for count in (5, 10, 20)], invented_claims(), {name: fits for name in ("pre-training", *names)})
 
 
@@ -120,13 +126,13 @@ def sheet(count=5):
 DRAWN = {
     "overview": lambda one, synthetic: study_overview(one.results(), synthetic),
     "dice": lambda one, synthetic: dice_by_strategy(one.patients, synthetic, summaries=one.summaries),
-    "bins": lambda one, synthetic: dice_by_volume(one.bins, synthetic=synthetic),
+    "bins": lambda one, synthetic: dice_by_volume(one.bins, one.shown, synthetic),
     "parameters": lambda one, synthetic: dice_by_parameters(one.runs, one.summaries, synthetic),
-    "volumes": lambda one, synthetic: volume_agreement(one.patients, one.volumes, synthetic=synthetic),
-    "amounts": lambda one, synthetic: amounts(one.amounts, synthetic),
+    "volumes": lambda one, synthetic: volume_agreement(one.patients, one.volumes, one.shown[:3], synthetic),
+    "amounts": lambda one, synthetic: amounts(one.amounts, [read_run(run).strategy for run in one.runs if run["seed"] == 0][-3:], synthetic),
     "ledger": lambda one, synthetic: ledger(one.claims, synthetic),
     "curves": lambda one, synthetic: learning_curves(one.histories, synthetic),
-    "overlays": lambda one, synthetic: overlays(pictures(few([row["strategy"] for row in one.summaries])[:7]), synthetic),
+    "overlays": lambda one, synthetic: overlays(pictures(one.shown[:7]), synthetic),
     "cohorts": lambda one, synthetic: cohort_sheet(sheet(), synthetic),
 }
 SMALL, LARGE = invent(FEW, patients=9, seeds=1), invent(MANY)
@@ -203,7 +209,7 @@ def test_figures_follow_the_numbers(tmp_path):
 
 
 def test_dice_rows_show_means_over_seeds_and_the_intervals_that_are_given():
-    table = pd.DataFrame({"run": ["none"] * 4, "seed": [0, 1] * 2, "patient": ["a", "a", "b", "b"], "dice_soft": [0.2, 0.4, 0.8, 1.0]})
+    table = pd.DataFrame({"method": ["none"] * 4, "seed": [0, 1] * 2, "patient": ["a", "a", "b", "b"], "dice_soft": [0.2, 0.4, 0.8, 1.0]})
     ax = dice_by_strategy(table, summaries=[{"strategy": "none", "mean": 0.6, "low": 0.45, "high": 0.75}]).axes[0]
     assert [text.get_text() for text in ax.texts] == ["0.600"] and [text.get_text() for text in ax.get_yticklabels()] == ["No fine-tuning"]
     lines = [np.asarray(line.get_xdata()).tolist() for line in ax.lines]
@@ -219,13 +225,13 @@ def test_paired_lines_only_where_strategies_are_few():
 def test_families_stand_together_in_order_of_appearance():
     shuffled = LARGE.patients.sample(frac=1, random_state=0)
     ax = dice_by_strategy(shuffled).axes[0]
-    groups = [family(name) for name in sorted(shuffled.run.unique(), key=lambda name: -dict(zip(
-        [text.get_text() for text in ax.get_yticklabels()], ax.get_yticks()))[label(name)])]
+    groups = [family(run) for run in sorted(shuffled.strategy.unique(), key=lambda run: -dict(zip(
+        [text.get_text() for text in ax.get_yticklabels()], ax.get_yticks()))[run.label])]
     assert len(groups) == 26 and sum(one != two for one, two in zip(groups, groups[1:])) == 7
 
 
 def test_a_collapsed_run_has_a_dagger():
-    table = SMALL.patients.assign(collapsed=SMALL.patients.run == "cp-lora-r8-decoding")
+    table = SMALL.patients.assign(collapsed=SMALL.patients.strategy == ADAPTER)
     ax = dice_by_strategy(table).axes[0]
     assert [text.get_text() for text in ax.get_yticklabels()][-1] == "CP-LoRA, rank 8 †" and "†" in ax.get_xlabel()
     assert "†" not in dice_by_strategy(SMALL.patients).axes[0].get_xlabel()
@@ -234,7 +240,7 @@ def test_a_collapsed_run_has_a_dagger():
 def test_no_interval_for_five_patients_or_fewer_even_where_one_is_given():
     bins = [{"strategy": "none", "bin": name, "n": n, "mean": 0.5, "low": 0.4, "high": 0.6}
             for name, n in (("<25", 5), ("25-50", 6), (">100", 0))]
-    ax = dice_by_volume(bins).axes[0]
+    ax = dice_by_volume(bins, [NONE]).axes[0]
     assert [text.get_text() for text in ax.get_xticklabels()] == ["<25\nn = 5", "25-50\nn = 6"]
     lengths = [np.ptp(segment[:, 1]) for collection in ax.collections for segment in collection.get_segments()]
     assert lengths == pytest.approx([0, 0.2]) and "n ≤ 5" in ax.get_xlabel()
@@ -242,7 +248,7 @@ def test_no_interval_for_five_patients_or_fewer_even_where_one_is_given():
 
 def test_intervals_are_drawn_from_low_to_high_also_when_lopsided():
     ax = amounts([{"strategy": "scratch", "patients": 5, "n": 9, "mean": 0.5, "low": 0.2, "high": 0.6},
-                  {"strategy": "scratch-n10", "patients": 10, "n": 9, "mean": 0.6, "low": None, "high": None}]).axes[0]
+                  {"strategy": "scratch", "patients": 10, "n": 9, "mean": 0.6, "low": None, "high": None}], [SCRATCH]).axes[0]
     ends = [segment[:, 1].tolist() for collection in ax.collections for segment in collection.get_segments()]
     assert ends[0] == pytest.approx([0.2, 0.6]) and ends[1] == pytest.approx([0.6, 0.6])
     assert [text.get_text() for text in ax.get_xticklabels()] == ["5", "10"] and len(ax.get_legend_handles_labels()[0]) == 1
@@ -327,10 +333,10 @@ def test_names_from_outside_are_drawn_as_text(name, tmp_path):
         assert "<script" not in re.sub("<!--.*?-->", "", content, flags=re.S)
 
 
-def test_agreement_chooses_by_the_rule_and_means_over_seeds():
-    fig = volume_agreement(LARGE.patients, LARGE.volumes)
+def test_agreement_means_over_seeds():
+    fig = volume_agreement(LARGE.patients, LARGE.volumes, [NONE, STANDARD, ADAPTER])
     assert [ax.get_title() for ax in fig.axes[:3]] == ["No fine-tuning", "Fine-tuning, decoding", "CP-LoRA, rank 8"]
-    mine = LARGE.patients[LARGE.patients.run == "none"].groupby("patient").predicted_ml.mean()
+    mine = LARGE.patients[LARGE.patients.strategy == NONE].groupby("patient").predicted_ml.mean()
     assert sorted(fig.axes[0].lines[1].get_ydata()) == pytest.approx(sorted(mine))
     assert {"+1.0", "-9.0", "+11.0"} <= {text.get_text() for text in fig.axes[3].texts}
 
@@ -342,20 +348,20 @@ def test_one_patient(name):
 
 def test_missing_scores():
     table = LARGE.patients.copy()
-    table.loc[table.run == "scratch", "dice_soft"] = np.nan
+    table.loc[table.strategy == SCRATCH, "dice_soft"] = np.nan
     table.loc[table.patient == "p03", ["dice_soft", "volume_ml"]] = np.nan
     check_whole(fig := dice_by_strategy(table))
     assert len(fig.axes[0].texts) == 25 and len(fig.axes[0].get_yticks()) == 26
-    assert len(volume_agreement(table, LARGE.volumes).axes[0].lines[1].get_xdata()) == 29
+    assert len(volume_agreement(table, LARGE.volumes, [NONE]).axes[0].lines[1].get_xdata()) == 29
     blank = [{**row, "mean": None, "low": None, "high": None} if row["strategy"] == "scratch" else row for row in LARGE.summaries]
     check_whole(dice_by_parameters(LARGE.runs, blank))
 
 
 @pytest.mark.parametrize("fig", [
     lambda: dice_by_strategy(SMALL.patients.assign(dice_soft=np.nan)), lambda: dice_by_strategy(SMALL.patients.iloc[:0]),
-    lambda: dice_by_volume([]), lambda: dice_by_volume([{**row, "n": 0} for row in SMALL.bins]),
+    lambda: dice_by_volume([], FEW), lambda: dice_by_volume([{**row, "n": 0} for row in SMALL.bins], FEW),
     lambda: dice_by_parameters([], []), lambda: dice_by_parameters(SMALL.runs[:2], SMALL.summaries),
-    lambda: volume_agreement(SMALL.patients.assign(volume_ml=None), []), lambda: amounts([]), lambda: ledger([]),
+    lambda: volume_agreement(SMALL.patients.assign(volume_ml=None), [], FEW), lambda: amounts([], FEW), lambda: ledger([]),
     lambda: learning_curves({}), lambda: learning_curves({"none": pd.DataFrame({"step": [], "loss": []})}),
     lambda: overlays({}), lambda: cohort_sheet({}), lambda: cohort_sheet({"source": []})])
 def test_nothing_to_draw_is_said(fig, tmp_path):
@@ -366,7 +372,7 @@ def test_nothing_to_draw_is_said(fig, tmp_path):
 
 
 def test_no_adapters_and_adapters_alone():
-    for names in (MANY[:8], MANY[-3:], ("cp-lora-r8-all", "my-own-r4-decoding", "none")):
+    for names in (MANY[:8], MANY[-3:], (RunId("cp-lora", 8, "all"), RunId("my-own", 4, "decoding"), NONE)):
         one = invent(names, patients=7)
         check_whole(DRAWN["parameters"](one, True))
         check_whole(DRAWN["dice"](one, True))
@@ -375,7 +381,7 @@ def test_no_adapters_and_adapters_alone():
 
 def test_patients_without_blood_stand_at_zero_of_the_root_axes():
     table = SMALL.patients.assign(volume_ml=0.0)
-    check_whole(volume_agreement(table, SMALL.volumes))
+    check_whole(volume_agreement(table, SMALL.volumes, FEW[:2]))
 
 
 def test_a_loss_that_is_not_a_number_leaves_a_gap():
@@ -384,7 +390,7 @@ def test_a_loss_that_is_not_a_number_leaves_a_gap():
 
 
 def test_one_fit_per_run_and_fold_in_curves():
-    fig = learning_curves({"cp-lora-r8-decoding": LARGE.histories["none"]})
+    fig = learning_curves({ADAPTER: LARGE.histories[NONE]})
     assert len(fig.axes) == 1 and len(fig.axes[0].lines) == 6
     many = learning_curves(LARGE.histories)
     assert len(many.axes) == 28 and [len(ax.lines) for ax in many.axes] == [1] * 27 + [0]
@@ -406,28 +412,35 @@ def test_overlays_leave_a_place_empty_for_a_patient_that_a_run_lacks():
     assert [len(ax.images) for ax in fig.axes] == [1, 1, 1, 1, 1, 0]
 
 
-@pytest.mark.parametrize("name, words", [
-    ("none", "No fine-tuning"), ("none-s3", "No fine-tuning, seed 3"), ("fine-tuning-all", "Fine-tuning, all"),
-    ("scratch-n5", "From scratch, 5 patients"), ("convdora-r32-decoding", "convDoRA, rank 32"),
-    ("cp-lora-r8-deep", "CP-LoRA, rank 8, deep"),
-    ("lora-c-r2-decoding-extras-n10-s1", "LoRA-C, rank 2, extras, 10 patients, seed 1"),
-    ("unet-cp-lora-r8-decoding", "unet: CP-LoRA, rank 8"),
-    ("cp-lora-decoding", "CP-LoRA, decoding"), ("my-own-r4-decoding", "my-own, rank 4"), ("anything at all", "anything at all"), ("", "")])
-def test_labels(name, words):
-    assert label(name) == words
+@pytest.mark.parametrize("run, name, words", [
+    (NONE, "none", "No fine-tuning"), (RunId("none", replicate=3), "none-s3", "No fine-tuning, seed 3"),
+    (RunId("fine-tuning", region="all"), "fine-tuning-all", "Fine-tuning, all"),
+    (RunId("scratch", patients=5), "scratch-n5", "From scratch, 5 patients"),
+    (RunId("convdora", 32, "decoding"), "convdora-r32-decoding", "convDoRA, rank 32"),
+    (RunId("cp-lora", 8, "deep"), "cp-lora-r8-deep", "CP-LoRA, rank 8, deep"),
+    (RunId("lora-c", 2, "decoding", True, 10, replicate=1), "lora-c-r2-decoding-extras-n10-s1", "LoRA-C, rank 2, extras, 10 patients, seed 1"),
+    (RunId("cp-lora", 8, "decoding", network="unet"), "unet-cp-lora-r8-decoding", "unet: CP-LoRA, rank 8"),
+    (RunId("my-own", 4, "decoding"), "my-own-r4-decoding", "my-own, rank 4"),
+    (RunId("cp-lora", 8, "decoding", options={"alpha": 16.0}, replicate=0), "cp-lora-r8-decoding-alpha16-s0", "CP-LoRA, rank 8, alpha 16, seed 0"),
+    (RunId("scratch", options={"learning_rate": 3e-4}), "scratch-lr0.0003", "From scratch, learning rate 0.0003"),
+    (RunId("scratch", options={"learning_rate": [1e-3, 0.01]}), "scratch-lr0.001-0.01", "From scratch, learning rate 0.001 or 0.01"),
+    (RunId("cp-lora", 8, "all", options={"rank_stabilized": True}), "cp-lora-r8-all-rank-stabilized-true", "CP-LoRA, rank 8, all, rank stabilized True"),
+    (RunId("cp-lora", 8, "all", options={"kind": "a/../b c"}), "cp-lora-r8-all-kind-a-..-b-c", "CP-LoRA, rank 8, all, kind a/../b c")])
+def test_names_and_labels(run, name, words):
+    assert run.name == name and run.label == words
+    assert read_run(run_record(run)) == run and "/" not in run.name
 
 
 def test_labels_of_a_study_differ_and_colours_are_a_family_s():
-    assert len({label(name) for name in MANY}) == 26
-    assert look("cp-dora-r2-decoding")["color"] == look("cp-lora-r8-all")["color"] != look("lora-c")["color"]
+    assert len({run.label for run in MANY}) == 26 and label("anything at all") == "anything at all"
+    assert look("cp-dora")["color"] == look(RunId("cp-lora", 8, "all"))["color"] != look("lora-c")["color"]
     assert len({(one["color"], one["marker"], one["markerfacecolor"]) for one in map(look, METHODS)}) == 6
 
 
-def test_few_follows_its_rule():
-    assert few(MANY) == ["none", "fine-tuning-decoding", *(f"{method}-r8-decoding" for method in METHODS)]
-    assert few(MANY, "fine-tuning-all", 2, ["cp-lora"]) == ["none", "fine-tuning-all"]
-    assert few([*MANY, "cp-lora-r8-decoding-n5", "unet-cp-lora-r8-decoding"], methods=["cp-lora"])[2:] == ["cp-lora-r8-decoding"]
-    assert few(["cp-lora-r3-all"]) == ["cp-lora-r3-all"]
+def test_only_plain_runs_of_the_main_network_are_compared():
+    assert all(run.is_compared for run in MANY)
+    special = ({"patients": 5}, {"extras": True}, {"network": "unet"}, {"options": {"alpha": 16.0}})
+    assert not any(RunId("cp-lora", 8, "decoding", **one).is_compared for one in special)
 
 
 def test_best_median_worst_of_ties_is_by_name():

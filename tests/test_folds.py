@@ -10,7 +10,8 @@ from sahlora.cohorts.checks import check_leakage
 from sahlora.cohorts.cohort import Case, Cohort, volume_bin, write_cohort
 from sahlora.cohorts.folds import (Fold, check_disjoint, check_folds, check_voxels, draw_folds, fewer, folds_for, folds_table, kfold,
                                    patient_volumes, read_folds, stratified)
-from sahlora.study.schema import DrawnFolds, FixedFold, FoldsSpec, make_folds, read_study
+from sahlora.study.experiment import DrawnFolds, FixedFold, FoldsSpec, make_folds
+from sahlora.study.schema import read_study
 from sahlora.training.loop import load_network, pretrain, save_network
 from sahlora.training.transfer import Strategy, cross_validate
 from sahlora.unet import MultiViewUnet

@@ -12,9 +12,8 @@ from PIL import Image
 from sahlora.cohorts.checks import check_cohort
 from sahlora.cohorts.cohort import Cohort, make_phantom_cohort, to_hu
 from sahlora.ct import read_nifti
-from sahlora.ct.core import some_of
-from sahlora.cohorts.layouts import (BLOOD, KINDS, LAYOUTS, blood_mask, combine_raters, import_cohort,
-                             import_ct_ich, layout_help, parse_labels, read_patients, which_blood)
+from sahlora.cohorts.layouts import (BLOOD, KINDS, LAYOUTS, Layout, blood_mask, check_import, combine_raters, import_cohort,
+                                     import_ct_ich, layout_help, parse_labels, read_patients, register_layout, which_blood)
 
 SHAPE = (24, 30, 6)
 
@@ -334,7 +333,7 @@ def test_of_two_raters_both_must_agree():
     one, other = np.array([1, 1, 0], bool), np.array([1, 0, 0], bool)
     assert combine_raters({1: one, 2: other}).tolist() == [True, False, False]
     assert combine_raters({1: one}).tolist() == one.tolist()
-    with pytest.raises(ValueError, match="majority, union, one, or the number"):
+    with pytest.raises(ValueError, match="rater mean did not mark it; there are 1 .*majority, union, one"):
         combine_raters({1: one}, "mean")
 
 
@@ -529,8 +528,8 @@ def test_unpaired_files_are_listed(tmp_path):
     shutil.copy(tmp_path / "source/labels/a.nii.gz", tmp_path / "source/labels/d.nii.gz")
     with pytest.raises(ValueError) as error:
         import_cohort("pairs", tmp_path / "source", tmp_path / "out")
-    assert "images/ alone holds c; labels/ alone holds d" in str(error.value) and not (tmp_path / "out").exists()
-    assert some_of([str(n) for n in range(12)]) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"
+    assert "images without a mask: c; masks without an image: d; complete or remove them" in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_files_of_one_name(tmp_path):
@@ -540,7 +539,7 @@ def test_two_files_of_one_name(tmp_path):
         import_cohort("pairs", tmp_path / "source", tmp_path / "out")
     shutil.copytree(tmp_path / "source/labels", tmp_path / "source/masks")
     (tmp_path / "source/images/a.nii").unlink()
-    with pytest.raises(ValueError, match="labels/ and masks/"):
+    with pytest.raises(ValueError, match="masks/a.nii.gz and .*labels/a.nii.gz: two files for one scan"):
         import_cohort("pairs", tmp_path / "source", tmp_path / "out")
 
 
@@ -737,7 +736,8 @@ def test_an_interrupted_import_leaves_no_table(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("layout, options, words", [
-    ("bsd", {}, "--layout 'bsd': there are pairs, ct-ich"),
+    ("bsd", {}, "--layout 'bsd' is unknown; did you mean 'bhsd'? There are: pairs, ct-ich"),
+    ("pairs", {"windwo": (0.0, 80.0)}, "windwo is unknown; did you mean 'window'"),
     ("bhsd", {"labels": "1=EDH"}, "has its own codes"),
     ("instance", {"blood": "EDH"}, "--blood 'EDH': not one of the labels blood"),
     ("pairs", {"size": 100}, "--size"),
@@ -789,3 +789,45 @@ def test_help_says_where_data_are_from():
                   "mbhseg.com", "zenodo.org/records/8063221", "1 EDH, 2 IPH, 3 IVH, 4 SAH, 5 SDH", "cite"):
         assert words in text
     assert layout_help("bhsd") in text
+
+
+# The table of layouts
+
+
+OWN = Layout("hospital", ("NUMBER/scan.nii.gz", "NUMBER/bleed.nii.gz"), "our archive", files=(("NAME/scan.nii", "NAME/bleed.nii"),),
+             codes=BLOOD)
+
+
+def test_a_layout_of_ones_own_is_one_row(tmp_path, monkeypatch):
+    monkeypatch.setattr("sahlora.cohorts.layouts.LAYOUTS", dict(LAYOUTS))
+    register_layout(OWN)
+    for number, first in (("17", 10), ("18", 4)):
+        store(tmp_path / "source" / number / "scan.nii.gz", head(first), axes="RAS")
+        store(tmp_path / "source" / number / "bleed.nii.gz", blood(first), axes="RAS")
+    cohort = import_cohort("hospital", tmp_path / "source", tmp_path / "out").cohort
+    assert cohort.patients == ["17", "18"] and set(cohort.table.site) == {"hospital"}
+    assert [np.array_equal(mask, blood(first)) for (_, _, mask), first in zip(cohort, (10, 4))] == [True, True]
+    assert "our archive" in layout_help()
+    with pytest.raises(ValueError, match="'hospital' is registered already"):
+        register_layout(OWN)
+    (tmp_path / "source/18/bleed.nii.gz").unlink()
+    with pytest.raises(ValueError, match="images without a mask: 18"):
+        import_cohort("hospital", tmp_path / "source", tmp_path / "out")
+
+
+def test_six_layouts_are_registered_and_say_which_options_matter():
+    assert list(LAYOUTS) == list(LAY)
+    own = {name: {"labels", "rater", "size"} & set(layout.option_names) for name, layout in LAYOUTS.items()}
+    assert own == {"pairs": {"labels"}, "ct-ich": {"size"}, "bhsd": set(), "instance": set(), "mbh-seg": {"rater"}, "seg-cq500": set()}
+    assert all({"blood", "patients", "site", "window", "spacing", "orientation", "fill_nan"} <= set(layout.option_names)
+               for layout in LAYOUTS.values())
+
+
+def test_choices_are_checked_without_a_file():
+    asked = check_import("pairs", labels="1=SAH,2=drain", blood="sah", spacing=(0.5, 0.5, 5.0))
+    assert (asked.codes, asked.blood, asked.site, asked.rater) == ({1: "SAH", 2: "drain"}, ("SAH",), "pairs", "majority")
+    for layout, options, words in (("pairs", {"labels": "1=drain"}, "is 'drain' blood"), ("bhsd", {"labels": "1=EDH"}, "its own codes"),
+                                   ("mbh-seg", {"rater": "mean"}, "--rater 'mean'"), ("bhsd", {"lables": "1=EDH"}, "lables is unknown"),
+                                   ("ct-ich", {"size": 8}, "size"), ("tiff", {}, "--layout 'tiff' is unknown")):
+        with pytest.raises(ValueError, match=words):
+            check_import(layout, **options)

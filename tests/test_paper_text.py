@@ -87,7 +87,7 @@ def study(**changes):
 
 def a_claim(number, verdict):
     known = verdict != "not tested"
-    return {"number": number, "claim": CLAIMS[number], "verdict": verdict, "test": "a test", "effect": 0.0123 * number if known else None,
+    return {"number": number, "claim": CLAIMS[number].claim, "verdict": verdict, "test": "a test", "effect": 0.0123 * number if known else None,
             "interval": [-0.0171, 0.0431] if known else None, "p": 0.0317 if known else None, "n": 30 if known else None, "dropped": 0,
             "reason": "", "sentence": f"Sentence {number} of the ledger.", "details": []}
 
@@ -133,7 +133,7 @@ def large():
     strategies = [("none",), ("norm-stats",), ("scratch",), *(("fine-tuning", region) for region in regions),
                   *((method, "decoding", rank) for method in ADAPTERS for rank in (2, 8, 32))]
     runs = [a_run(*one, seed=seed, mean=0.40012 + 0.0071 * i) for i, one in enumerate(strategies) for seed in (0, 1)]
-    found = whole(runs, claims=[a_claim(number, "supported") for number in CLAIMS])
+    found = whole(runs, claims=[a_claim(number, "supported") for number in sorted(CLAIMS)])
     found["runs"] += [a_run("scratch", patients=5, back="-n5"), a_run("cp-lora", "decoding", network="unet", front="unet-"),
                       a_run("cp-lora", "decoding", extras=True, back="-extras")]
     found["amounts"] = [{"strategy": "scratch", "patients": k, "n": 30, "mean": 0.3 + k / 100, "low": 0.2, "high": 0.5} for k in (5, 20)]

@@ -32,7 +32,7 @@ def build(kind: str, seed: int, index: int) -> Built:
 
 def packed(head: phantom.Head, kind: str, seed: int, index: int) -> tuple[np.ndarray, ...]:
     "The patient's coordinates of every lattice point."
-    at = phantom.frame(head.tilt)
+    at = phantom.frame(head.who.tilt)
     return phantom.head_points(at, head.who, phantom.stream(kind, seed, index, "warp"))
 
 
@@ -246,20 +246,21 @@ def test_target_blood_is_denser_near_its_source(built) -> None:
     assert np.mean(slopes) > 1 and np.mean(np.array(slopes) > 0) >= 0.8
 
 
-def inside_of(kind: str, index: int) -> tuple[bleeding.Inside, lattice.Frame]:
+def inside_of(kind: str, index: int) -> tuple[anatomy.Inside, lattice.Frame]:
     "The packed inside of a patient's skull with all fields, no blood yet."
-    from sahlora.phantom import paint_inside
-
     who, at = lattice.draw_patient(kind, SEED, index), lattice.frame(12.0)
     p = lattice.head_points(at, who, lattice.stream(kind, SEED, index, "warp"))
     d, noise = anatomy.cavity(p), lattice.noise_fields(at, kind, SEED, index)
-    inside = bleeding.pack(p, d, noise)
-    canvas = anatomy.Canvas(np.zeros(len(inside.d), np.float32), np.zeros(len(inside.d), np.uint8))
-    return paint_inside(canvas, inside, kind, SEED, index, who)[0], at
+    inside = anatomy.pack(p, d, noise)
+    lesions = phantom.plan_trauma(SEED, index) if kind == "tbi" else []
+    hydrocephalus = phantom.plan_bleed(SEED, index).hydrocephalus if kind == "asah" else 0.0
+    air = anatomy.Canvas(np.zeros(d.shape, np.float32), np.zeros(d.shape, np.uint8))
+    moved = bleeding.pushed(inside.p, lesions)
+    return anatomy.paint_inside(air, inside, who, kind, SEED, index, moved, hydrocephalus)[1], at
 
 
 @pytest.fixture(scope="module")
-def patient() -> bleeding.Inside:
+def patient() -> anatomy.Inside:
     return inside_of("tbi", 1)[0]
 
 
@@ -323,7 +324,8 @@ def test_ventricular_blood_stands_with_a_level_at_the_back() -> None:
 def test_hydrocephalus_swells_ventricles_and_temporal_horns() -> None:
     from sahlora.phantom.anatomy import ventricles
 
-    p = tuple(np.meshgrid(np.arange(-60, 61, 2.0), np.arange(-60, 90, 2.0), np.arange(-30, 60, 2.0), indexing="ij"))
+    axes = np.arange(-60, 61, 2.0), np.arange(-60, 90, 2.0), np.arange(-30, 60, 2.0)
+    p = lattice.Points(*np.meshgrid(*axes, indexing="ij"))
     normal, swollen = (ventricles(p, 1.0, h) > 0 for h in (0.0, 1.0))
     assert (swollen >= normal).mean() > 0.999 and swollen.sum() > 1.5 * normal.sum()
     horn = (np.abs(p[0]) > 25) & (p[2] < 2)

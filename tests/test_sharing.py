@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from sahlora.adapters import METHODS, adapt, read_adapter, save_adapter
 from sahlora.prediction.models import (WEIGHTS, export_bundle, find_weights, inference_config, is_synthetic,
-                            make_models, model_card, read_recipe, score_headings, scores_beside,
+                            make_models, model_card, read_recipe, score_headings, find_scores,
                             shipped, shipped_card, shipped_table, volume_table, weight_facts)
 from sahlora.cli import app
 from sahlora.cohorts.cohort import make_phantom_cohort
@@ -316,9 +316,9 @@ def test_a_card_shows_no_scores_of_another_run(tmp_path):
                    "--method", method, "--quiet")
         assert done.exit_code == 0, done.output
     adapter, model = tmp_path / "cp-lora/adapter-fold0.safetensors", WEIGHTS / "phantom.safetensors"
-    assert len(scores_beside(adapter)) == 1 and weight_facts(model, adapter)["adapter"]["strategy"]["method"] == "cp-lora"
+    assert len(find_scores(adapter, model)) == 1 and weight_facts(model, adapter)["adapter"]["strategy"]["method"] == "cp-lora"
     shutil.copy(tmp_path / "lora-c/adapter-fold0.safetensors", adapter)
-    for call in (lambda: scores_beside(adapter), lambda: weight_facts(model, adapter)):
+    for call in (lambda: find_scores(adapter, model), lambda: weight_facts(model, adapter)):
         with pytest.raises(ValueError, match="adapter-fold0.safetensors: is not the file that record.json"):
             call()
     (tmp_path / "cp-lora/record.json").unlink()  # as version 0.1.0 left a folder
@@ -327,7 +327,7 @@ def test_a_card_shows_no_scores_of_another_run(tmp_path):
     table = tmp_path / "lora-c/patients.csv"
     table.write_text(table.read_text().replace("0.", "0.9", 1))
     with pytest.raises(ValueError, match="patients.csv: is not the file that record.json"):
-        scores_beside(tmp_path / "lora-c/adapter-fold1.safetensors")
+        find_scores(tmp_path / "lora-c/adapter-fold1.safetensors", model)
 
 
 def test_scores_by_volume():

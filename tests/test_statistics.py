@@ -140,13 +140,14 @@ def test_seeds_and_patients_spread_apart_by_hand():
     assert alone.seeds == 1 and math.isnan(alone.sd_seeds) and alone.sd_patients == pytest.approx(0.4 / math.sqrt(2))
 
 
-def test_strategies_come_from_the_run_or_from_its_parts():
+def test_strategies_come_from_the_columns_of_a_table():
     table = pd.concat([rows_of([0.1]), rows_of([0.1], "fine-tuning", None),
                        rows_of([0.1], "none", None).assign(region=np.nan)])
-    assert strategies(table).tolist() == ["cp-lora-r8-decoding", "fine-tuning-decoding", "none"]
+    assert [run.name for run in strategies(table)] == ["cp-lora-r8-decoding", "fine-tuning-decoding", "none"]
     few = strategies(table.assign(patients=[5, "", np.nan], network=["unet", "", None]))
-    assert few.tolist() == ["unet-cp-lora-r8-decoding-n5", "fine-tuning-decoding", "none"]
-    assert set(strategies(table.assign(run="cp-lora-r8-decoding-extras-s12"))) == {"cp-lora-r8-decoding-extras"}
+    assert [run.name for run in few] == ["unet-cp-lora-r8-decoding-n5", "fine-tuning-decoding", "none"]
+    other = strategies(table.assign(extras=[True, False, np.nan], options=['{"alpha": 16.0}', None, np.nan], seed=12))
+    assert other.iloc[0].name == "cp-lora-r8-decoding-extras-alpha16" and other.iloc[2].name == "none"
 
 
 def test_a_patient_scored_twice_and_lacking_columns_are_refused():

@@ -5,11 +5,14 @@ import nbformat
 import pytest
 import yaml
 
-from sahlora.study import batch
+from sahlora.evaluation.claims import CLAIMS
+from sahlora.evaluation.scores import METRICS
+from sahlora.study import batch, experiment
 from sahlora.study.batch import Costs, job_seconds, make_batch, plan_text, trained_parts
-from sahlora.report.results import rate_table
-from sahlora.study.experiment import check_parameters, code_hash, reached
-from sahlora.study.schema import expand_runs, make_cohort, network_of, read_study, strategy_of, training_values
+from sahlora.common.style import run_record
+from sahlora.report.results import rate_table, strategy_table
+from sahlora.study.experiment import check_parameters, code_hash, load_extensions, make_cohort, reached
+from sahlora.study.schema import expand_runs, network_of, read_study, strategy_of
 
 
 @pytest.fixture
@@ -83,6 +86,7 @@ def test_committed_studies_are_right(project, name):
     ("runs.3.patients", [0], "greater than 0"),
     ("target", {"layout": "pairs", "path": "mine", "lables": "1=SAH"}, "did you mean 'labels'"),
     ("claims", {"margn": 0.1}, "did you mean 'margin'"),
+    ("claims", {"score": "hd95"}, "score 'hd95' is unknown; did you mean 'hd95_mm'"),
     ("claims", {"strictly_low": 64}, "strictly_low (64) must be below over (32)"),
 ])
 def test_mistakes_are_found_and_named(write, path, value, words):
@@ -152,6 +156,27 @@ def test_expansion_is_the_product(write):
     assert {run["steps"] for run in runs} == {study.finetune.steps, 7}
 
 
+def test_an_ablation_stands_in_one_study_and_in_its_tables_as_rows_of_their_own(write):
+    rates = {"method": "fine-tuning", "seeds": [0, 1], "learning_rate": 1e-3}
+    rows = [{"method": "cp-lora"}, {"method": "cp-lora", "alpha": 16.0}, {"method": "cp-lora", "adapter": {"dropout": 0.5}},
+            rates, {**rates, "seeds": [0], "learning_rate": 3e-4}, {"method": "scratch", "steps": 7}, {"method": "scratch"}]
+    runs = expand_runs(read_study(write("runs", rows)))
+    assert [run["id"] for run in runs] == [
+        "cp-lora-r8-decoding-s0", "cp-lora-r8-decoding-alpha16-s0", "cp-lora-r8-decoding-dropout0.5-s0",
+        "fine-tuning-decoding-lr0.001-s0", "fine-tuning-decoding-lr0.001-s1", "fine-tuning-decoding-lr0.0003-s0",
+        "scratch-steps7-s0", "scratch-s0"]
+    assert [run["run"].is_compared for run in runs] == [True, False, False, False, False, False, False, True]
+    records = [{**run_record(run["run"]), "id": run["id"], "name": run["run"].strategy.name, "trainable": 100, "flags": []} for run in runs]
+    results = {"runs": records, "pretrain": {"parameters": 1000}, "summaries": [], "patients": [
+        {"run": run["id"], "method": run["method"], "rank": run["rank"], "region": run["run"].region, "extras": False, "patients": None,
+         "seed": run["seed"], "role": "test", "patient": "p", "dice_soft": 0.5, "dice_hard": 0.5} for run in runs]}
+    assert strategy_table(results).strategy.tolist() == [
+        "CP-LoRA, rank 8", "CP-LoRA, rank 8, alpha 16", "CP-LoRA, rank 8, dropout 0.5", "Fine-tuning, decoding, learning rate 0.001",
+        "Fine-tuning, decoding, learning rate 0.0003", "From scratch, steps 7", "From scratch"]
+    with pytest.raises(ValueError, match="cp-lora-r8-decoding-s0 stands in it twice"):
+        read_study(write("runs", [rows[0], rows[0]]))
+
+
 DECLARED = 'method: str = "cp-lora"  # how\nrank: int = 8  # adapter rank\nrate: float = 1.0e-3  # rate\nsplit: dict = {}'
 
 
@@ -185,15 +210,50 @@ def test_a_stage_reaches_what_decides_its_result_and_nothing_else(project):
         cells = nbformat.read(path, 4).cells
         modules[path.stem[2:]] = set(reached("\n".join(cell.source for cell in cells if cell.cell_type == "code")))
     for stage, wanted, alien in (
-        ("cohorts", {"phantom.bleeding", "cohorts.layouts", "study.schema"}, {"report.page", "report.results", "report.figures", "study.batch"}),
+        ("cohorts", {"phantom.bleeding", "cohorts.layouts", "study.experiment"},
+         {"evaluation.claims", "evaluation.statistics", "training.loop", "study.schema", "report.page", "report.results", "report.figures", "study.batch"}),
         ("pretrain", {"training.loop", "cohorts.slices", "unet"},
          {"training.transfer", "evaluation.statistics", "evaluation.claims", "report.page", "report.figures", "study.schema"}),
-        ("finetune", {"training.loop", "training.transfer", "training.checkpoint", "adapters.cp_lora", "evaluation.scores"},
+        ("finetune", {"training.loop", "training.transfer", "adapters.cp_lora", "evaluation.scores"},
          {"evaluation.statistics", "evaluation.claims", "report.page", "report.results", "report.figures", "study.schema"}),
         ("report", {"evaluation.claims", "evaluation.statistics", "report.results", "report.figures"}, {"study.batch", "cli"}),
     ):
         assert {f"sahlora.{name}" for name in wanted} <= modules[stage], stage
         assert not {f"sahlora.{name}" for name in alien} & modules[stage], stage
+
+
+MINE = """from sahlora.evaluation.claims import Claim, Rule, register_claim
+from sahlora.evaluation.scores import Metric, register_metric
+register_metric(Metric("recall", "", "higher", "share found", lambda one: float(one.hard[one.t].mean())))
+register_claim(Rule(6, "It runs.", lambda evidence, plan: Claim(6, "It runs.", "supported", "a look")))
+"""
+
+
+def test_extensions_of_a_study_are_loaded_checked_and_counted(write, tmp_path, project):
+    (tmp_path / "mine.py").write_text(MINE)
+    write("extensions", ["mine.py"])
+    try:
+        study = read_study(write("claims", {"score": "recall"}))
+        assert study.extensions == [str((tmp_path / "mine.py").resolve())] and list(CLAIMS)[-1] == 6 and "recall" in METRICS
+    finally:
+        METRICS.pop("recall", None)
+        CLAIMS.pop(6, None)
+    assert load_extensions(study.extensions) and "recall" not in METRICS, "a file runs once in a process"
+    notebook = project / "nbs/experiments/1_cohorts.ipynb"
+    plain, own = code_hash(notebook), code_hash(notebook, study.extensions)
+    (tmp_path / "mine.py").write_text(MINE + "# a remark")
+    assert plain != own == code_hash(notebook, study.extensions)
+    (tmp_path / "mine.py").write_text(MINE + "x = 1")
+    assert code_hash(notebook, study.extensions) != own
+    with pytest.raises(FileNotFoundError, match="extensions: .*nowhere.py: no such file"):
+        read_study(write("extensions", ["nowhere.py"]))
+
+
+def test_the_versions_of_libraries_are_counted(project, monkeypatch):
+    notebook = project / "nbs/experiments/2_pretrain.ipynb"
+    before = code_hash(notebook)
+    monkeypatch.setattr(experiment, "package_version", lambda name: "unknown" if name == "torch" else "1")
+    assert code_hash(notebook) != before
 
 
 def test_rates_per_rank_candidates_and_regions_by_name(write):
@@ -212,7 +272,7 @@ def test_rates_per_rank_candidates_and_regions_by_name(write):
 
 def test_the_table_of_learning_rates_shows_the_best_and_what_failed():
     def run(tried):
-        return {"name": "cp-lora-r8-decoding", "flags": [], "seed": 0, "tried": tried}
+        return {"name": "cp-lora-r8-decoding", "method": "cp-lora", "rank": 8, "region": "decoding", "flags": [], "seed": 0, "tried": tried}
 
     table = rate_table({"runs": [run([{}]), run([{"0.001": 0.3, "0.01": 0.5}, {"0.001": 0.4, "0.01": 0.4}]), run([{"0.01": 0.2, "1": None}])]})
     assert table["0.001"].tolist()[0] == "0.350" and table["0.01"].tolist() == ["0.450", "0.200"]
@@ -227,7 +287,7 @@ def test_fewer_patients_another_network_and_seeds_of_its_own(write):
     assert list(runs)[:4] == ["scratch-n5-s3", "scratch-n10-s3", "scratch-n5-s4", "scratch-n10-s4"] and "plain-none-s0" in runs
     assert strategy_of(runs["scratch-n5-s4"]).patients == 5 and strategy_of(runs["plain-none-s0"]).patients is None
     assert network_of(study, "plain")["width"] == 4 and network_of(study, "") == study.network
-    assert training_values(study, "plain")["steps"] == 3 and training_values(study)["steps"] == 500
+    assert study.networks["plain"].pretrain.steps == 3 and study.pretrain.steps == 500
 
 
 def test_a_cohort_of_ones_own_is_imported_by_the_study(tmp_path):

@@ -20,11 +20,12 @@ from sahlora.adapters import adapt
 from sahlora.cohorts.slices import (NO_AUGMENTATION, Augmentation, BalancedBatches, augment, bend,
                                     bend_mask, displacement, open_store, pack, sample_generator,
                                     smooth, unpack)
-from sahlora.training.checkpoint import Checkpoint, find_checkpoint
 from sahlora.cohorts.cohort import Case, Cohort, make_phantom_cohort, write_cohort
+from sahlora.common import hardware
 from sahlora.common.files import differences, load_tensors, save_tensors
-from sahlora.training.loop import (Training, _averaged, batch_dice, batch_loss, ct_to_images, dice_of_rows, load_network,
-                                   make_training, pad_to_multiple, predict, pretrain, save_network, train, training_facts, weights_hash)
+from sahlora.training.loop import (Checkpoint, Trainer, Training, batch_dice, batch_loss, ct_to_images, dice_of_rows,
+                                   find_checkpoint, load_network, make_training, moving_average, pad_to_multiple,
+                                   predict, pretrain, save_network, train, training_facts, weights_hash)
 from sahlora.unet import NETWORKS, MultiViewUnet, Unet
 
 PLAIN = Training(steps=4, batch_size=4, precision="fp32", augmentation=NO_AUGMENTATION)
@@ -372,7 +373,7 @@ def test_averaging_leaves_frozen_norms_alone(store):
 def test_the_average_of_the_first_steps_forgets_the_start():
     mean = torch.ones(1)
     for n in range(1, 100):
-        mean = _averaged(0.99, mean, torch.zeros(1), n)
+        mean = moving_average(0.99, mean, torch.zeros(1), n)
     assert mean < 1e-6  # 0.37 without a warm-up of the decay
 
 
@@ -382,8 +383,6 @@ def test_stopping_early_keeps_a_copy_of_the_best(store):
     history = train(net, store, store.rows(["p0", "p1", "p4"]), how, validation=store.rows(["p2", "p3"]), quiet=True)
     seen = history.validation.dropna()
     assert len(history) < 200 and len(seen) - 1 - seen.to_numpy().argmax() == 2
-    from sahlora.training.loop import dice_of_rows
-
     assert dice_of_rows(net, store, store.rows(["p2", "p3"])) == pytest.approx(seen.max(), abs=0.02)
     with pytest.raises(ValueError, match="needs validation slices"):
         train(network(), store, everything(store), how, quiet=True)
@@ -440,6 +439,13 @@ def test_nothing_to_train_is_an_error(store):
         train(network().requires_grad_(False), store, everything(store), PLAIN, quiet=True)
 
 
+def test_training_leaves_the_allocator_of_its_process_alone(store, monkeypatch):
+    "The command line and the experiments ask for `keep_memory`; a program that calls `train` may not want it."
+    monkeypatch.setattr(hardware, "_kept", {})
+    train(network(), store, everything(store), PLAIN, quiet=True)
+    assert not hardware._kept
+
+
 @pytest.mark.parametrize("wrong, words", [({"stepps": 3}, "did you mean 'steps'"), ({"steps": "10"}, "steps"), ({"loss": "focal"}, "dice\\+ce"),
                                           ({"average": 1.0}, "average"), ({"clip": 0}, "clip"), ({"learning_rate": -1}, "learning_rate"),
                                           ({"steps": 10.5}, "steps"), ({"steps": True}, "steps"), ({"steps": "10"}, "steps"),
@@ -469,10 +475,9 @@ def test_a_device_that_is_not_there(store):
 RUN = """
 import sys, torch, numpy as np
 from pathlib import Path
-from sahlora.training.checkpoint import Checkpoint
 from sahlora.cohorts.cohort import Cohort
 from sahlora.cohorts.slices import open_store
-from sahlora.training.loop import Training, save_network, train
+from sahlora.training.loop import Checkpoint, Training, save_network, train
 from sahlora.unet import MultiViewUnet
 torch.set_num_threads(1)
 folder, out = map(Path, sys.argv[1:])
@@ -535,9 +540,16 @@ def test_random_draws_and_early_stopping_go_on_where_they_were(store, tmp_path, 
 
     whole, hashed = run(seed=5)
     checkpoint = Checkpoint(tmp_path / "run.safetensors", {})
+    step = Trainer.step
+
+    def stop_before_the_end(self, k, *batch):
+        step(self, k, *batch)
+        if k == len(whole) - 2:
+            raise KeyboardInterrupt
+
     with monkeypatch.context() as stopped:
-        stopped.setattr("sahlora.training.loop._check_loss", lambda loss, k, *_: k == len(whole) - 2 and 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        stopped.setattr(Trainer, "step", stop_before_the_end)
+        with pytest.raises(KeyboardInterrupt):
             run(seed=5, checkpoint=checkpoint, every=1)
     assert find_checkpoint(checkpoint)[1]["step"] == len(whole) - 2
     again, same = run(seed=6, checkpoint=checkpoint, every=1)
@@ -577,7 +589,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(store, tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError):
-        checkpoint.save(9, net := network(), torch.optim.Adam(net.parameters()), {})
+        checkpoint.save(9, network().state_dict(), {})
     assert checkpoint.path.read_bytes() == kept and [p.name for p in tmp_path.iterdir()] == ["run.safetensors"]
 
 

@@ -1,7 +1,6 @@
 """Tutorials: how they read, that what they keep is small and clean, and that a method of one's own reaches every process."""
 
 import ast
-import os
 import re
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import pytest
 import yaml
 
 from sahlora.common.files import read_json
-from sahlora.study.experiment import code_hash, project_path
+from sahlora.study.experiment import code_hash, load_extensions, project_path
 
 FOLDER = project_path("nbs/tutorials")
 TUTORIALS = sorted(FOLDER.glob("*.ipynb"))
@@ -88,58 +87,55 @@ def test_commands_exist(path, command):
             assert option in shown.stdout, f"{' '.join(name)} {option}"
 
 
-def ask(code, methods="", cwd=None):
-    "What Python prints in a process of its own, with SAHLORA_METHODS."
-    env = {**{key: value for key, value in os.environ.items() if key != "SAHLORA_METHODS"}, **({"SAHLORA_METHODS": methods} if methods else {})}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=cwd)
+def ask(code, cwd=None):
+    "What Python prints in a process of its own."
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd)
 
 
-def test_a_method_of_ones_own_reaches_other_processes(tmp_path):
+def study_with(folder, extensions):
+    "A small study of a method of one's own."
+    study = yaml.safe_load(project_path("paper/studies/smoke.yaml").read_text())
+    cohort = {"layout": "phantom", "cases": 4, "grid": [32, 40]}
+    study |= {"study": "own-method", "networks": {}, "folds": 2, "source": cohort | {"kind": "tbi", "seed": 1}, "extensions": extensions,
+              "target": cohort | {"kind": "asah", "seed": 2}, "runs": [{"method": "none"}, {"method": "row-lora", "ranks": [2]}]}
+    study["pretrain"]["steps"] = study["finetune"]["steps"] = 10
+    (folder / "own-method.yaml").write_text(yaml.safe_dump(study))
+    return folder / "own-method.yaml"
+
+
+def test_a_method_of_ones_own_reaches_whatever_reads_the_study(tmp_path):
     (tmp_path / "row.py").write_text(METHOD)
-    code = ("import os, subprocess, sys; from sahlora.adapters import METHODS; print(*METHODS); os.chdir('/')\n"
-            "print(subprocess.run([sys.executable, '-c', 'from sahlora.training.transfer import strategy_words; print(*strategy_words())'], "
-            "capture_output=True, text=True, check=True).stdout)")
-    done = ask(code, "row.py", tmp_path)
-    assert done.returncode == 0, done.stderr
-    one, other = [line.split() for line in done.stdout.splitlines() if line]
-    for words in (one, other):
-        assert {"row-lora", "row-dora", "cp-lora"} <= set(words)
-    assert "row-lora" not in ask("from sahlora.adapters import METHODS; print(*METHODS)").stdout
+    code = "from sahlora.study.schema import *; print(*[run['id'] for run in expand_runs(read_study({!r}))])"
+    done = ask(code.format(str(study_with(tmp_path, ["row.py"]))), "/")
+    assert done.returncode == 0 and "row-lora-r2-decoding-s0" in done.stdout, done.stderr
+    done = ask(code.format(str(study_with(tmp_path, []))))
+    assert done.returncode and "'row-lora' is unknown" in done.stderr
 
 
-def test_a_wrong_file_of_methods_is_named(tmp_path):
-    done = ask("import sahlora.adapters", "nowhere.py", tmp_path)
-    assert done.returncode and "SAHLORA_METHODS: " in done.stderr and "nowhere.py: no such file" in done.stderr
+@pytest.mark.parametrize("name, words", [("nowhere.py", "nowhere.py: no such file"), ("row.txt", "row.txt: not a file of Python; its name must end in .py")])
+def test_a_wrong_file_is_named(tmp_path, name, words):
     (tmp_path / "row.txt").write_text(METHOD)
-    done = ask("import sahlora.adapters", "row.txt", tmp_path)
-    assert done.returncode and "row.txt: not a file of Python; its name must end in .py" in done.stderr
+    with pytest.raises((FileNotFoundError, ValueError), match=f"extensions: .*{words}"):
+        load_extensions([tmp_path / name])
 
 
-def test_a_change_of_the_method_makes_runs_stale(tmp_path, monkeypatch):
+def test_a_change_of_the_method_makes_runs_stale(tmp_path):
     notebook, file = project_path("nbs/experiments/3_finetune.ipynb"), tmp_path / "row.py"
-    monkeypatch.delenv("SAHLORA_METHODS", raising=False)
     plain = code_hash(notebook)
     file.write_text(METHOD)
-    monkeypatch.setenv("SAHLORA_METHODS", str(file))
-    mine = code_hash(notebook)
+    mine = code_hash(notebook, [file])
     file.write_text(METHOD + "# a remark\n")
-    assert code_hash(notebook) == mine != plain
+    assert code_hash(notebook, [file]) == mine != plain
     file.write_text(METHOD.replace("f[\"B\"] @", "-f[\"B\"] @"))
-    assert code_hash(notebook) not in (mine, plain)
+    assert code_hash(notebook, [file]) not in (mine, plain)
 
 
 @pytest.mark.slow
 def test_a_study_with_a_method_of_ones_own(tmp_path, command):
     "The whole batch, in its own processes: cohorts, base, runs, report, with the method in tables and results."
-    study = yaml.safe_load(project_path("paper/studies/smoke.yaml").read_text())
-    cohort = {"layout": "phantom", "cases": 4, "grid": [32, 40]}
-    study |= {"study": "own-method", "networks": {}, "folds": 2, "source": cohort | {"kind": "tbi", "seed": 1},
-              "target": cohort | {"kind": "asah", "seed": 2}, "runs": [{"method": "none"}, {"method": "row-lora", "ranks": [2]}]}
-    study["pretrain"]["steps"] = study["finetune"]["steps"] = 10
-    (tmp_path / "own-method.yaml").write_text(yaml.safe_dump(study))
     (tmp_path / "row.py").write_text(METHOD)
-    done = command(str(Path(sys.executable).with_name("sahlora")), "study", "run", str(tmp_path / "own-method.yaml"), "--cores", "2", "--runs",
-                   str(tmp_path / "runs"), SAHLORA_METHODS=str(tmp_path / "row.py"))
+    done = command(str(Path(sys.executable).with_name("sahlora")), "study", "run", str(study_with(tmp_path, ["row.py"])), "--cores", "2",
+                   "--runs", str(tmp_path / "runs"))
     assert done.returncode == 0, done.stdout + done.stderr
     results = read_json(next(tmp_path.glob("runs/**/results.json")))
     assert {run["method"] for run in results["runs"]} == {"none", "row-lora"} and not results["failed"]

@@ -20,7 +20,10 @@ def test_types_agree(project, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("line, code", [("x: int = 'text'", "assignment"), ("math.square(2)", "attr-defined"), ("read_json()", "call-arg")])
+@pytest.mark.parametrize("line, code", [
+    ("x: int = 'text'", "assignment"), ("math.square(2)", "attr-defined"), ("read_json()", "call-arg"),
+    ("from sahlora.ct import HeadCT\nHeadCT.volume_ml()", "call-arg"),  # methods that @patch adds are checked too
+    ("from sahlora.ct import HeadCT\nHeadCT.millilitres", "attr-defined")])
 def test_the_type_check_finds_a_mistake(project, tmp_path, line, code):
     (tmp_path / "wrong.py").write_text(f"import math\nfrom sahlora.common.files import read_json\n{line}\n")
     done = run("mypy", "--config-file", "pyproject.toml", "--cache-dir", str(tmp_path), str(tmp_path / "wrong.py"), cwd=project)

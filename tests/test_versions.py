@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from sahlora.adapters import adapted_layers, load_adapter
-from sahlora.training.checkpoint import Checkpoint, find_checkpoint
 from sahlora.cohorts.checks import check_cohort
 from sahlora.cohorts.cohort import Cohort, make_phantom_cohort
 from sahlora.common.files import load_tensors
@@ -13,7 +12,7 @@ from sahlora.cohorts.folds import kfold
 from sahlora.prediction import load_model, predict_cases, predict_scan
 from sahlora.training.transfer import Strategy, cross_validate, load_run
 from sahlora.study.schema import expand_runs, read_study
-from sahlora.training.loop import load_network, pretrain
+from sahlora.training.loop import Checkpoint, find_checkpoint, load_network, pretrain
 
 OLD = Path(__file__).parent / "files_0_1_0"
 

@@ -6,9 +6,8 @@
 __all__ = ['FOLD_METHODS', 'check_disjoint', 'check_voxels', 'Fold', 'kfold', 'patient_volumes', 'stratified', 'inner_split',
            'fewer', 'check_folds', 'draw_folds', 'read_folds', 'folds_for', 'folds_table']
 
-# %% ../../nbs/cohorts/folds.ipynb #f8f9d38f
+# %% ../../nbs/cohorts/folds.ipynb #c76a403d
 import warnings
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,16 +17,16 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import KFold, StratifiedKFold
 
-from .cohort import BINS, Cohort, bin_counts, volume_bin
-from ..ct.core import some_of
+from .cohort import BINS, Cohort, bin_counts, refuse, volume_bin, volume_words
+from ..common.display import short_list
 from ..common.files import read_json, write_json
 
 # %% ../../nbs/cohorts/folds.ipynb #74c2ff66
 def check_disjoint(one: Iterable[str], other: Iterable[str], what: str) -> int:
     "0, the number of shared patients. Raises: ValueError that lists patients in both."
-    if shared := sorted(set(one) & set(other)):
+    if shared := sorted({*one} & {*other}):
         count = f"{len(shared)} patient{'s are' if len(shared) > 1 else ' is'}"
-        raise ValueError(f"{what}: {count} in both: {some_of(shared)}")
+        raise ValueError(f"{what}: {count} in both: {short_list(shared)}")
     return 0
 
 # %% ../../nbs/cohorts/folds.ipynb #bb8ebf29
@@ -36,88 +35,92 @@ def check_voxels(one: Mapping[str, str], other: Mapping[str, str], what: str) ->
 
     Raises: ValueError that lists the pairs of cases with the same voxels.
     """
-    known = defaultdict(list)
-    for case, voxels in one.items():
-        known[voxels].append(case)
-    if pairs := [f"{mine} = {case}" for case, voxels in other.items() for mine in known.get(voxels, [])]:
+    shared = {*one.values()} & {*other.values()}
+    pairs = [f"{mine} = {case}" for case, voxels in other.items() if voxels in shared
+             for mine in one if one[mine] == voxels]
+    if pairs:
         count = f"{len(pairs)} pair{'s' * (len(pairs) > 1)}"
         raise ValueError(f"{what}: {count} of scans with the same voxels, whatever their names: "
-                         f"{some_of(sorted(pairs))}; drop them from one side")
+                         f"{short_list(sorted(pairs))}; drop them from one side")
     return 0
 
 # %% ../../nbs/cohorts/folds.ipynb #370e797c
 @dataclass(frozen=True)
 class Fold:
-    "Patients to train on and to test on; `fit`: the score on the training patients is wanted too, and called a fit."
+    "Patients to train on and to test on; `fit`: those trained on are scored too, and called a fit."
 
     train: tuple[str, ...]
     test: tuple[str, ...]
     fit: bool = False
 
-# %% ../../nbs/cohorts/folds.ipynb #a4d4d561
-def _sorted(patients: Iterable[str], folds: int) -> np.ndarray:
-    "Patients sorted, each once. Raises: ValueError for fewer than 2 folds or fewer patients than folds."
+# %% ../../nbs/cohorts/folds.ipynb #5a4d4a89
+def _split(splitter: type[KFold] | type[StratifiedKFold], patients: Iterable[str], folds: int,
+           seed: int, bins: Mapping[str, str] | None = None) -> list[Fold]:
+    "Folds by a splitter of scikit-learn. Raises: ValueError for too few folds or patients."
     known = np.array(sorted(set(patients)))
     if not 2 <= folds <= len(known):
-        raise ValueError(f"{folds} folds of {len(known)} patients: needs at least 2 folds and a patient in each")
-    return known
+        raise ValueError(f"{folds} folds of {len(known)} patients: "
+                         "needs at least 2 folds and a patient in each")
+    groups = [bins[patient] for patient in known] if bins else None
+    drawn = splitter(folds, shuffle=True, random_state=seed).split(known, groups)
+    return [Fold(tuple(known[train].tolist()), tuple(known[test].tolist()))
+            for train, test in drawn]
 
-# %% ../../nbs/cohorts/folds.ipynb #6f8de58e
-def _draw(splitter: KFold | StratifiedKFold, patients: np.ndarray, bins: Sequence[str] | None = None) -> list[Fold]:
-    "Folds of a scikit-learn splitter."
-    return [Fold(tuple(patients[train].tolist()), tuple(patients[test].tolist()))
-            for train, test in splitter.split(patients, bins)]
-
-
+# %% ../../nbs/cohorts/folds.ipynb #06b706c0
 def kfold(patients: Sequence[str], folds: int = 3, seed: int = 0) -> list[Fold]:
-    "The paper's KFold(folds, shuffle=True, random_state=seed) over sorted patients. Raises: ValueError if too few."
-    known = _sorted(patients, folds)
-    return _draw(KFold(folds, shuffle=True, random_state=seed), known)
+    "KFold(folds, shuffle=True, random_state=seed) over sorted patients, as in the paper."
+    return _split(KFold, patients, folds, seed)
 
 # %% ../../nbs/cohorts/folds.ipynb #74e5ff41
 def patient_volumes(cohort: Cohort) -> dict[str, float]:
     "Patient -> mL of their scan with most blood, sorted by patient; NaN where no volume is known."
-    return {str(name): float(ml) for name, ml in cohort.table.groupby("patient").blood_ml.max().items()}
+    largest = cohort.table.groupby("patient").blood_ml.max()
+    return {str(name): float(ml) for name, ml in largest.items()}
 
 # %% ../../nbs/cohorts/folds.ipynb #38f1d6bf
-def stratified(volumes: Mapping[str, float], folds: int = 3, seed: int = 0) -> tuple[list[Fold], tuple[str, ...]]:
-    """Folds by patient with volume bins spread evenly, and notes; `volumes`: patient -> mL, NaN where unknown.
+def stratified(volumes: Mapping[str, float], folds: int = 3,
+               seed: int = 0) -> tuple[list[Fold], tuple[str, ...]]:
+    """Folds by patient with volume bins spread evenly, and notes; `volumes`: patient -> mL or NaN.
 
     Raises: ValueError for fewer than 2 folds or fewer patients than folds.
     """
-    patients = _sorted(volumes, folds)
-    bins = [volume_bin(volumes[patient]) for patient in patients.tolist()]
-    counts = {name: bins.count(name) for name in (*BINS, "unknown") if name in bins}
+    bins = {patient: volume_bin(ml) for patient, ml in volumes.items()}
+    counts = {name: count for name, count in bin_counts(volumes.values()).items() if count}
     small = [f"{name} mL ({count})" for name, count in counts.items() if count < folds]
-    notes = (f"fewer than {folds} patients in the bins {', '.join(small)}: not every fold tests one",) if small else ()
+    notes = [f"fewer than {folds} patients in the bins {', '.join(small)}: "
+             "not every fold tests one"]
     if len(small) == len(counts):
-        notes, bins = (f"no volume bin holds {folds} patients: drawn without bins",), ["any"] * len(patients)
+        notes = [f"no volume bin holds {folds} patients: drawn without bins"]
+        bins = dict.fromkeys(bins, "any")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The least populated class", UserWarning)  # the notes say which
-        return _draw(StratifiedKFold(folds, shuffle=True, random_state=seed), patients, bins), notes
+        warnings.filterwarnings("ignore", "The least populated class")  # the notes say which
+        plan = _split(StratifiedKFold, volumes, folds, seed, bins)
+    return plan, tuple(notes) if small else ()
 
 # %% ../../nbs/cohorts/folds.ipynb #bdbc82e6
 def inner_split(patients: Iterable[str], bleeding: Iterable[str], seed: int = 0,
                 share: float = 0.25) -> tuple[list[str], list[str]]:
-    """(train, validation): about `share` of the patients set apart, of those who are `bleeding` and of the others.
+    """(train, validation): about `share` of those `bleeding` and of the others are set apart.
 
-    Raises: ValueError for fewer than two patients with blood, who are needed to learn from and to be scored.
+    Raises: ValueError for fewer than two patients with blood: one to learn from, one to be scored.
     """
-    bleeds, generator = set(bleeding) & set(patients), np.random.default_rng([seed, 7])
-    if len(bleeds) < 2:
-        raise ValueError(f"an inner split needs two patients with blood or more, there is {len(bleeds)}; fix the learning "
-                         "rate, and train without patience")
-    order = generator.permutation(sorted(bleeds)).tolist()
+    everyone = set(patients)
+    generator = np.random.default_rng([seed, 7])
+    order = generator.permutation(sorted(everyone & set(bleeding))).tolist()
+    if len(order) < 2:
+        raise ValueError("an inner split needs two patients with blood or more, there is "
+                         f"{len(order)}; fix the learning rate, and train without patience")
     count = min(len(order) - 1, max(1, round(share * len(order))))
-    others = generator.permutation(sorted(set(patients) - bleeds)).tolist()
+    others = generator.permutation(sorted(everyone - set(order))).tolist()
     more = round(share * len(others))
     return sorted(order[count:] + others[more:]), sorted(order[:count] + others[:more])
 
 # %% ../../nbs/cohorts/folds.ipynb #ec36ee0c
 def fewer(fold: Fold, count: int, seed: int = 0) -> Fold:
-    "The fold with `count` of its training patients, drawn with a seed; smaller draws lie in larger ones. Raises: ValueError."
+    "The fold with `count` training patients; smaller draws lie in larger ones. Raises: ValueError."
     if not 1 <= count <= len(fold.train):
-        raise ValueError(f"patients: {count}, but a fold trains on {len(fold.train)}; write a number from 1 to {len(fold.train)}")
+        raise ValueError(f"patients: {count}, but a fold trains on {len(fold.train)}; "
+                         f"write a number from 1 to {len(fold.train)}")
     order = np.random.default_rng([seed, 11]).permutation(sorted(fold.train)).tolist()
     return replace(fold, train=tuple(sorted(order[:count])))
 
@@ -125,20 +128,22 @@ def fewer(fold: Fold, count: int, seed: int = 0) -> Fold:
 def check_folds(cohort: Cohort, folds: Sequence[Fold]) -> int:
     """0, what training and test share in any fold.
 
-    Raises: ValueError that lists unknown or shared patients, or scans with the same voxels on both sides of a fold.
+    Raises: ValueError that lists unknown or shared patients, or scans with the same voxels on both
+    sides of a fold.
     """
-    owner, voxels = dict(zip(cohort.table.case, cohort.table.patient)), cohort.voxels
+    table = cohort.table.assign(voxels=cohort.voxels.values())
     for number, fold in enumerate(folds):
         what = f"fold {number}: training and test"
-        if twice := [name for side in (fold.train, fold.test) for name in side if side.count(name) > 1]:
-            raise ValueError(f"fold {number}: names patient {twice[0]} twice; name each once")
+        for side in (fold.train, fold.test):
+            if twice := [name for name in side if side.count(name) > 1]:
+                raise ValueError(f"fold {number}: names patient {twice[0]} twice; name each once")
         check_disjoint(fold.train, fold.test, what)
-        if unknown := sorted({*fold.train, *fold.test} - set(cohort.patients)):
-            raise ValueError(f"fold {number}: {cohort.folder} has no patient {', '.join(unknown)}")
-        sides = [{case: voxels[case] for case in voxels if owner[case] in side} for side in (fold.train, fold.test)]
-        check_voxels(sides[0], sides[1], what)
+        if unknown := sorted({*fold.train, *fold.test} - {*cohort.patients}):
+            raise ValueError(f"fold {number}: {cohort.folder} has no patient {short_list(unknown)}")
+        train, test = (table[table.patient.isin(side)] for side in (fold.train, fold.test))
+        check_voxels(dict(zip(train.case, train.voxels)), dict(zip(test.case, test.voxels)), what)
     tested = [name for fold in folds for name in fold.test]
-    if again := sorted({name for name in tested if tested.count(name) > 1}):
+    if again := sorted(name for name in tested if tested.count(name) > 1):
         raise ValueError(f"two folds test patient {again[0]}; test each patient once")
     return 0
 
@@ -148,11 +153,11 @@ FOLD_METHODS = ("kfold", "stratified")
 
 def draw_folds(cohort: Cohort, method: str = "kfold", folds: int = 3,
                seed: int = 0) -> tuple[list[Fold], tuple[str, ...]]:
-    "Folds of a cohort, checked for leaks, and notes. Raises: ValueError for another method, too few patients, a leak."
-    if method not in FOLD_METHODS:
-        raise ValueError(f"folds by {method!r}: there are {', '.join(FOLD_METHODS)}")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {seed}; give a whole number from 0 to {2**32 - 1}")
+    "Folds of a cohort, and notes. Raises: ValueError for another method, a wrong seed, a leak."
+    refuse({
+        f"folds by {method!r}: there are {', '.join(FOLD_METHODS)}": method not in FOLD_METHODS,
+        f"seed is {seed}; give a whole number from 0 to {2**32 - 1}": not 0 <= seed < 2**32,
+    })
     notes: tuple[str, ...] = ()
     if method == "kfold":
         plan = kfold(cohort.patients, folds, seed)
@@ -161,85 +166,100 @@ def draw_folds(cohort: Cohort, method: str = "kfold", folds: int = 3,
     check_folds(cohort, plan)
     return plan, notes
 
-# %% ../../nbs/cohorts/folds.ipynb #2f9aa866
-def _people(cohort: Cohort) -> dict[str, dict[str, Any]]:
+# %% ../../nbs/cohorts/folds.ipynb #cb5e89e3
+def _patient_facts(cohort: Cohort) -> dict[str, dict[str, Any]]:
     "Patient -> blood_ml (None: unknown) and sorted voxel hashes."
-    hashes, volumes = cohort.voxels, patient_volumes(cohort)
-    return {patient: {"blood_ml": None if np.isnan(ml) else ml,
-                      "voxels": sorted(hashes[case] for case in cohort.table.case[cohort.table.patient == patient])}
-            for patient, ml in volumes.items()}
+    table = cohort.table.assign(voxels=cohort.voxels.values())
+    hashes = table.groupby("patient").voxels.agg(sorted)
+    return {patient: {"blood_ml": None if np.isnan(ml) else ml, "voxels": hashes[patient]}
+            for patient, ml in patient_volumes(cohort).items()}
 
 # %% ../../nbs/cohorts/folds.ipynb #731e228b
-def _changes(stored: Mapping[str, Any], people: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    "What differs between the cohort a file was drawn for and `people` now."
-    then, changes = stored["patients"], []
-    if new := sorted(people.keys() - then.keys()):
-        changes.append(f"new patients {some_of(new, 5)}")
-    if gone := sorted(then.keys() - people.keys()):
-        changes.append(f"missing patients {some_of(gone, 5)}")
-    both = sorted(then.keys() & people.keys())
-    if other := [patient for patient in both if then[patient]["voxels"] != people[patient]["voxels"]]:
-        changes.append(f"other scans of {some_of(other, 5)}")
-    moved = [f"{patient} ({then[patient]['blood_ml']} mL, now {people[patient]['blood_ml']})" for patient in both
-             if then[patient]["blood_ml"] != people[patient]["blood_ml"]]
-    if moved and stored["method"] == "stratified":
-        changes.append(f"other volumes of {some_of(moved, 5)}")
-    return changes
+def _changes(stored: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    "What differs between the patients a file was drawn for and those of `now`."
+    then = stored["patients"]
+    both = sorted(then.keys() & now.keys())
+    moved = [f"{name} ({then[name]['blood_ml']} mL, now {now[name]['blood_ml']})" for name in both
+             if then[name]["blood_ml"] != now[name]["blood_ml"]]
+    changed = {
+        "new patients": sorted(now.keys() - then.keys()),
+        "missing patients": sorted(then.keys() - now.keys()),
+        "other scans of": [name for name in both if then[name]["voxels"] != now[name]["voxels"]],
+        "other volumes of": moved if stored["method"] == "stratified" else [],
+    }
+    return [f"{words} {short_list(names, 5)}" for words, names in changed.items() if names]
 
-# %% ../../nbs/cohorts/folds.ipynb #b57ecaa5
+# %% ../../nbs/cohorts/folds.ipynb #d41841e9
 def read_folds(path: str | Path, cohort: Cohort) -> list[Fold]:
     """The folds in a file, checked against the cohort.
 
-    Raises: FileNotFoundError; ValueError, naming the difference, when they were drawn for another cohort or leak.
+    Raises: FileNotFoundError; ValueError that names the difference when they were drawn for another
+    cohort, or leak.
     """
     stored = read_json(path)
     try:
-        changes = _changes(stored, _people(cohort))
-        folds = [Fold(tuple(fold["train"]), tuple(fold["test"]), fold["fit"]) for fold in stored["split"]]
+        changes = _changes(stored, _patient_facts(cohort))
+        folds = [Fold(tuple(fold["train"]), tuple(fold["test"]), fold["fit"])
+                 for fold in stored["split"]]
         sides = [side for fold in folds for side in (fold.train, fold.test)]
-        if not sides or not all(side and all(isinstance(name, str) for name in side) for side in sides):
-            raise TypeError("each fold needs names of patients, to train on and to test on")
-        if not all(isinstance(fold.fit, bool) for fold in folds):
-            raise TypeError("fit is true or false")
+        names = [name for side in sides for name in side or [None]]
+        kinds = {*map(type, names), *(type(fold.fit) for fold in folds)}
+        if kinds != {str, bool}:
+            raise TypeError("each fold trains and tests patients, and fit is true or false")
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a file of folds ({error!r} went wrong); delete it to draw anew") from error
+        raise ValueError(f"{path}: not a file of folds ({error!r} went wrong); "
+                         "delete it to draw anew") from error
     if changes:
-        raise ValueError(f"{path}: these folds were drawn for another cohort: {'; '.join(changes)}; restore it, name "
-                         "another file, or delete this one to draw anew")
+        raise ValueError(f"{path}: these folds were drawn for another cohort: "
+                         f"{'; '.join(changes)}; restore it, name another file, or delete this one "
+                         "to draw anew")
     check_folds(cohort, folds)
     return folds
 
-# %% ../../nbs/cohorts/folds.ipynb #5d42bd60
-def folds_for(cohort: Cohort, path: str | Path, method: str = "kfold", folds: int = 3, seed: int = 0,
-              split: Fold | None = None) -> list[Fold]:
-    """The folds in `path` when they are what is asked for; drawn and written there when the file does not exist.
+# %% ../../nbs/cohorts/folds.ipynb #e6cddf2c
+def _write_folds(cohort: Cohort, path: str | Path, asked: Mapping[str, Any],
+                 split: Fold | None) -> list[Fold]:
+    "Draw the folds that are asked for, or take the fixed `split`, and write them."
+    notes: tuple[str, ...] = ()
+    plan = [] if split is None else [split]
+    if not plan:
+        plan, notes = draw_folds(cohort, **asked)
+    check_folds(cohort, plan)
+    write_json(path, {**asked, "notes": list(notes), "patients": _patient_facts(cohort),
+                      "split": [asdict(fold) for fold in plan]})
+    return plan
 
-    `split`: one fixed fold instead of drawing. Raises: ValueError, naming the difference, when the file holds others.
+# %% ../../nbs/cohorts/folds.ipynb #5d42bd60
+def folds_for(cohort: Cohort, path: str | Path, method: str = "kfold", folds: int = 3,
+              seed: int = 0, split: Fold | None = None) -> list[Fold]:
+    """The folds in `path` when they are what is asked for; drawn and written there without a file.
+
+    `split`: one fixed fold instead of drawing. Raises: ValueError, naming the difference, when the
+    file holds others.
     """
     asked = {"method": method, "folds": folds, "seed": seed}
     if split is not None:
         asked = {"method": "fixed", "folds": 1, "seed": None}
     if not Path(path).exists():
-        plan, notes = ([split], ()) if split is not None else draw_folds(cohort, method, folds, seed)
-        check_folds(cohort, plan)
-        content = {"notes": list(notes), "patients": _people(cohort), "split": [asdict(fold) for fold in plan]}
-        write_json(path, {**asked, **content})
-        return plan
-    plan, kept = read_folds(path, cohort), read_json(path)
-    other = [f"{name} is {kept.get(name)}, asked is {value}" for name, value in asked.items() if kept.get(name) != value]
+        return _write_folds(cohort, path, asked, split)
+    plan = read_folds(path, cohort)
+    kept = read_json(path)
+    other = [f"{name} is {kept.get(name)}, asked is {value}" for name, value in asked.items()
+             if kept.get(name) != value]
     if other or split not in (None, plan[0]):
-        raise ValueError(f"{path}: holds other folds: {'; '.join(other) or 'another fixed split'}; name another file, "
-                         "or delete this one to draw anew")
+        raise ValueError(f"{path}: holds other folds: {'; '.join(other) or 'another fixed split'}; "
+                         "name another file, or delete this one to draw anew")
     return plan
 
 # %% ../../nbs/cohorts/folds.ipynb #c3325c9b
 def folds_table(cohort: Cohort, folds: Sequence[Fold]) -> pd.DataFrame:
-    "One row per fold: how many train, how many are tested, and the tested patients' mL, in words and by bin."
-    volumes, rows = patient_volumes(cohort), []
+    "One row per fold: how many train and are tested, and the mL of those tested, also by bin."
+    volumes = patient_volumes(cohort)
+    rows = []
     for fold in folds:
         ml = pd.Series([volumes[patient] for patient in fold.test], dtype=float)
-        words = f"{ml.median():.1f} ({ml.min():.1f} to {ml.max():.1f})" if ml.notna().any() else "unknown"
         bins = bin_counts(ml)
-        rows.append({"train": len(fold.train), "test": len(fold.test), "median mL (range)": words,
+        rows.append({"train": len(fold.train), "test": len(fold.test),
+                     "median mL (range)": volume_words(ml),
                      **{f"{name} mL": bins[name] for name in BINS}})
     return pd.DataFrame(rows).rename_axis("fold")

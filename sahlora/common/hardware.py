@@ -10,8 +10,10 @@ __all__ = ['DEVICES', 'PRECISIONS', 'PACKAGES', 'choose_device', 'choose_precisi
 import ctypes
 import os
 import platform
+import re
 import resource
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,25 +25,29 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    "The device that `name` (one of DEVICES) stands for. Raises: ValueError for another, or one that is not there."
+    "The device of a name (one of DEVICES). Raises: ValueError for another, or one not there."
     if name not in DEVICES:
-        raise ValueError(f"device {name!r} is unknown; choose one of {', '.join(DEVICES)} (--device)")
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device, found in there.items() if found)
-    if not there[name]:
-        found = ", ".join(device for device, found in there.items() if found)
-        raise ValueError(f"device {name} is not there; torch finds {found} (--device auto takes the best)")
-    return torch.device(name)
+        raise ValueError(f"device {name!r} is unknown; choose one of {', '.join(DEVICES)} "
+                         "(--device)")
+    accelerators = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    found = [*(device for device, is_there in accelerators.items() if is_there), "cpu"]
+    if name not in ("auto", *found):
+        raise ValueError(f"device {name} is not there; torch finds {', '.join(found)} "
+                         "(--device auto takes the best)")
+    return torch.device(found[0] if name == "auto" else name)
 
 # %% ../../nbs/common/hardware.ipynb #d2fba49b
 PRECISIONS = ("auto", "bf16", "fp32")
 
 
 def choose_precision(device: torch.device, name: str = "auto") -> str:
-    "bf16 or fp32 for `name` (one of PRECISIONS): auto is bf16 where `device` computes it natively. Raises: ValueError."
+    """bf16 or fp32 for a name (one of PRECISIONS); auto: bf16 where `device` computes it natively.
+
+    Raises: ValueError for another name.
+    """
     if name not in PRECISIONS:
-        raise ValueError(f"precision {name!r} is unknown; choose one of {', '.join(PRECISIONS)} (--precision)")
+        raise ValueError(f"precision {name!r} is unknown; choose one of {', '.join(PRECISIONS)} "
+                         "(--precision)")
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -51,26 +57,35 @@ def choose_precision(device: torch.device, name: str = "auto") -> str:
 
 # %% ../../nbs/common/hardware.ipynb #a03bc679
 def choose_threads(threads: int | None = None) -> int:
-    "Make torch use so many threads; None: OMP_NUM_THREADS, else every core this process may use. Raises: ValueError below 1."
-    if threads is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else cores
+    """Make torch use so many threads; None: OMP_NUM_THREADS, else every core this process may use.
+
+    Raises: ValueError below 1.
+    """
+    if threads is None and "OMP_NUM_THREADS" in os.environ:
+        threads = torch.get_num_threads()
+    elif threads is None:
+        is_linux = hasattr(os, "sched_getaffinity")
+        threads = len(os.sched_getaffinity(0)) if is_linux else os.cpu_count() or 1
     if threads < 1:
         raise ValueError(f"threads must be at least 1, not {threads} (--threads)")
     torch.set_num_threads(threads)
     return threads
 
 # %% ../../nbs/common/hardware.ipynb #7c0cb5d6
-_MALLOPT = {"MALLOC_MMAP_THRESHOLD_": (-3, 2**30), "MALLOC_TRIM_THRESHOLD_": (-1, 2**30), "MALLOC_TOP_PAD_": (-2, 2**26)}
+_MALLOPT = {  # variable: its number in glibc's malloc.h, bytes
+    "MALLOC_MMAP_THRESHOLD_": (-3, 2**30), "MALLOC_TRIM_THRESHOLD_": (-1, 2**30),
+    "MALLOC_TOP_PAD_": (-2, 2**26),
+}
 _kept: dict[str, int] = {}
 
 
 def keep_memory() -> dict[str, int]:
-    "Let glibc keep freed blocks for the next step; what was set, by the name of its variable; nothing on other systems."
+    "Let glibc keep freed blocks for the next step; returns what was set, by its variable's name."
     if platform.libc_ver()[0] == "glibc" and not _kept:
         mallopt = ctypes.CDLL(None).mallopt
-        _kept.update({name: value for name, (number, value) in _MALLOPT.items()
-                      if name not in os.environ and mallopt(number, value) == 1})
+        for name, (number, value) in _MALLOPT.items():
+            if name not in os.environ and mallopt(number, value) == 1:
+                _kept[name] = value
     return dict(_kept)
 
 # %% ../../nbs/common/hardware.ipynb #1281773b
@@ -81,28 +96,35 @@ def processor() -> str:
     "Name of the processor, of the GPU where there is one."
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-        return names[0] if names else platform.machine()
-    except OSError:
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.is_file():
         return platform.processor() or platform.machine()
+    name = re.search(r"^model name\s*:(.*)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
+    return name[1].strip() if name else platform.machine()
 
 # %% ../../nbs/common/hardware.ipynb #ebd1752f
 def machine_facts() -> dict[str, Any]:
-    "Where a run runs: processor, threads, allocator settings, and versions; \"unknown\" for what has no metadata."
-    allocator = {key: os.environ[key] for key in sorted(os.environ) if key.startswith("MALLOC_")} | _kept
+    "Where a run runs: processor, threads, allocator settings, and versions (or \"unknown\")."
+    allocator = {name: value for name, value in sorted(os.environ.items())
+                 if name.startswith("MALLOC_")} | _kept
+    versions = {name: package_version(name) for name in ("sahlora", *PACKAGES)}
     return {"processor": processor(), "threads": torch.get_num_threads(), "allocator": allocator,
-            "python": platform.python_version(), **{name: package_version(name) for name in ("sahlora", *PACKAGES)}}
+            "python": platform.python_version(), **versions}
 
 # %% ../../nbs/common/hardware.ipynb #78f12d8f
-def run_facts(seconds: float, resumed: bool = False, machine: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What a run cost: seconds, CPU seconds of the whole process, peak MiB; and `machine`, by default what it is now.
+def run_facts(
+    seconds: float, resumed: bool = False, machine: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a run cost: seconds, CPU seconds of the whole process, peak MiB; and its machine.
 
-    `resumed`: the run went on from an earlier process, so that its cost is that of the last part alone.
+    `resumed`: the run went on from an earlier process, so its cost is that of the last part alone;
+    `machine`: facts collected before, by default those of now.
     """
-    gpu = {"peak_gpu_mib": torch.cuda.max_memory_allocated() // 2**20} if torch.cuda.is_available() else {}
     used = resource.getrusage(resource.RUSAGE_SELF)
-    peak_mib = used.ru_maxrss // (2**20 if platform.system() == "Darwin" else 1024)  # bytes on macOS, kB elsewhere
-    cost = {"seconds": round(seconds, 2), "resumed": resumed, "cpu_seconds": round(used.ru_utime + used.ru_stime, 2)}
-    return {**cost, "peak_mib": peak_mib, **gpu, **(machine or machine_facts())}
+    unit = 2**20 if platform.system() == "Darwin" else 1024  # bytes on macOS, kB elsewhere
+    cost = {"seconds": round(seconds, 2), "resumed": resumed,
+            "cpu_seconds": round(used.ru_utime + used.ru_stime, 2),
+            "peak_mib": used.ru_maxrss // unit}
+    if torch.cuda.is_available():
+        cost["peak_gpu_mib"] = torch.cuda.max_memory_allocated() // 2**20
+    return cost | dict(machine or machine_facts())

@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
 from ..common.display import table_markdown
+from ..common.style import read_run
 
 # %% ../../nbs/evaluation/statistics.ipynb #d4ab14e5
 FEW = 5  # patients: with so few, no two-sided paired test can reach p < 0.05
@@ -82,20 +83,18 @@ def too_few(n: int) -> str:
 
 # %% ../../nbs/evaluation/statistics.ipynb #e3ae329d
 def compared(runs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    "Runs that enter statistics and claims: of the main network, on all training patients of a fold, without extras."
-    return [run for run in runs if not (run.get("extras") or run.get("network") or run.get("patients"))]
+    "The records of runs that enter statistics and claims; `RunId.is_compared` decides."
+    return [run for run in runs if read_run(run).is_compared]
 
 # %% ../../nbs/evaluation/statistics.ipynb #1bdf5730
 def strategies(patients: pd.DataFrame) -> pd.Series:
-    "The strategy of each row, such as cp-lora-r8-decoding: its run without the seed, else from the columns of its parts."
-    if "run" in patients:
-        return patients.run.astype(str).str.replace(r"-s\d+$", "", regex=True)
-    parts = {"network": "{}-", "method": "{}", "rank": "-r{:.0f}", "region": "-{}", "patients": "-n{:.0f}"}
-    names = pd.Series("", index=patients.index)
-    for column, form in parts.items():
-        if column in patients:
-            names += patients[column].map(lambda value: "" if pd.isna(value) or value == "" else form.format(value))
-    return names
+    "The strategy of each row, a RunId, from the columns that `read_run` reads."
+    fields = ["method", "rank", "region", "extras", "patients", "network", "options"]
+    rows = patients[[name for name in fields if name in patients]].astype(object)
+    rows = rows.where(rows.notna(), None)
+    keys = list(rows.itertuples(index=False, name=None))
+    known = {key: read_run(dict(zip(rows, key))) for key in dict.fromkeys(keys)}
+    return pd.Series([known[key] for key in keys], index=patients.index, dtype=object)
 
 # %% ../../nbs/evaluation/statistics.ipynb #c0b07d51
 def scored(patients: pd.DataFrame, score: str = "dice_soft", role: str = "test") -> pd.DataFrame:
@@ -103,7 +102,7 @@ def scored(patients: pd.DataFrame, score: str = "dice_soft", role: str = "test")
     if lacking := sorted({score, "method", "rank", "region", "seed", "patient"} - set(patients.columns)):
         raise ValueError(f"the table of patients has no column {', '.join(lacking)}")
     rows = patients.loc[patients.role == role] if "role" in patients else patients
-    rows = rows.assign(strategy=strategies(rows))
+    rows = rows.assign(strategy=[run.name for run in strategies(rows)])
     if (twice := rows.duplicated(["strategy", "seed", "patient"])).any():
         one = rows.loc[twice].iloc[0]
         raise ValueError(f"{one.strategy}, seed {one.seed}: patient {one.patient} is there twice; pass one study")

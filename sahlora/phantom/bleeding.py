@@ -4,65 +4,37 @@
 
 # %% auto #0
 __all__ = ['Shape', 'WALL_MM', 'NUDGES', 'CHECKED', 'SHAPES', 'SITES', 'ELSEWHERE', 'ANEURYSMS', 'SHARES', 'FARTHEST_MM', 'CLOTS',
-           'Inside', 'pack', 'grow_size', 'fit_volume', 'rounded', 'blood_fraction', 'disagreement', 'steady', 'Lesion',
-           'outward', 'room', 'epidural', 'crescent', 'subdural', 'contusion', 'intraparenchymal', 'convexity',
-           'lesion_depth', 'draw_blow', 'pushed', 'margin', 'add_blood', 'bleed_trauma', 'draw_lesion', 'plan_trauma',
-           'lattice_graph', 'geodesic', 'arrival', 'flow', 'flood', 'gravity', 'settle', 'with_level', 'Bleed',
-           'draw_clot', 'plan_bleed', 'thinned', 'flood_depth', 'clot_depth', 'bleed_aneurysm']
+           'grow_size', 'fit_volume', 'rounded', 'depth_of_volume', 'blood_fraction', 'disagreement', 'nudged',
+           'steady', 'Lesion', 'outward', 'room', 'epidural', 'crescent', 'subdural', 'contusion', 'intraparenchymal',
+           'convexity', 'lesion_depth', 'draw_blow', 'pushed', 'margin', 'add_blood', 'bleed_trauma', 'draw_lesion',
+           'plan_trauma', 'geodesic', 'arrival', 'flow', 'flood', 'flood_depth', 'with_level', 'settle', 'Bleed',
+           'draw_clot', 'plan_bleed', 'thinned', 'clot_depth', 'bleed_aneurysm']
 
-# %% ../../nbs/phantom/bleeding.ipynb #0fb38ff5
+# %% ../../nbs/phantom/bleeding.ipynb #1280c16e
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from scipy import ndimage, sparse
 from scipy.sparse import csgraph
 
-from .anatomy import DURA_MM, HU, Brain, Canvas, callosum, posterior_fossa, sutures
-from .lattice import (FINE, FINE_ML, FINE_MM, Frame, Points, Vec, coverage,
-                                     distance, drawn_share, each, ellipsoid, quantile, stream, vec)
-
-# %% ../../nbs/phantom/bleeding.ipynb #c5972603
-@dataclass(frozen=True)
-class Inside:
-    """The cavity's points, packed: coordinates (mm), depth (mm), named fields, and each point's place in the lattice.
-
-    fields: the noises; csf and ventricle (mm inside); mid (mm left of the falx); height (mm above the tentorium).
-    """
-
-    p: Points
-    d: np.ndarray
-    fields: dict[str, np.ndarray]
-    ins: np.ndarray
-
-    def thin(self, step: int) -> "Inside":
-        "Every `step`-th point."
-        fields = {name: f[::step] for name, f in self.fields.items()}
-        return Inside(each(lambda q: q[::step], self.p), self.d[::step], fields, self.ins[::step])
-
-    def spread(self, values: np.ndarray, fill: float = 0.0) -> np.ndarray:
-        "Packed values back on the lattice."
-        full = np.full(FINE, fill, values.dtype)
-        full.ravel()[self.ins] = values
-        return full
-
-# %% ../../nbs/phantom/bleeding.ipynb #55e740d9
-def pack(p: Points, d: np.ndarray, noise: dict[str, np.ndarray]) -> Inside:
-    "The lattice's points less than 1 mm outside the cavity, or in it."
-    ins = np.flatnonzero(d > -1)
-    return Inside(each(lambda q: q.ravel()[ins], p), d.ravel()[ins], {k: f.ravel()[ins] for k, f in noise.items()}, ins)
+from .anatomy import (DURA_MM, HU, Blow, Canvas, Inside, Layer, callosum, free_edge,
+                                     posterior_fossa, sutures)
+from .lattice import (FINE, FINE_ML, FINE_MM, Frame, Points, Vec, coverage, distance,
+                                     drawn_share, intersection, quantile, stream, thick, vec)
 
 # %% ../../nbs/phantom/bleeding.ipynb #c56c91fb
-Shape = Callable[[Inside, float], np.ndarray]  # depth of a shape of one size
+Shape = Callable[[Inside, float], np.ndarray]  # depth (mm) of a shape of one size
 
 
 def grow_size(shape: Shape, inside: Inside, ml: float, low: float, high: float) -> float:
     "The size in [low, high] at which the shape's volume is `ml` (or nearest to it)."
-    few = inside.thin(7)
+    sample = inside.thin(7)
     for _ in range(11):
         size = (low + high) / 2
-        small = np.count_nonzero(shape(few, size) > 0) * 7 * FINE_ML < ml
-        low, high = (size, high) if small else (low, size)
+        is_small = np.count_nonzero(shape(sample, size) > 0) * 7 * FINE_ML < ml
+        low, high = (size, high) if is_small else (low, size)
     return (low + high) / 2
 
 # %% ../../nbs/phantom/bleeding.ipynb #48ff32ea
@@ -73,10 +45,23 @@ def fit_volume(depth: np.ndarray, ml: float, most: float = 1.2) -> np.ndarray:
 
 # %% ../../nbs/phantom/bleeding.ipynb #0697a29b
 def rounded(depth: np.ndarray, inside: Inside, sigma_mm: float = 1.4) -> np.ndarray:
-    "A depth without threads and pinholes thinner than a pixel: smoothed over `sigma_mm` near its surface."
-    sigma = [sigma_mm / mm for mm in FINE_MM]
-    full = ndimage.gaussian_filter(inside.spread(np.clip(depth, -2, 2), -2.0), sigma, truncate=2.5)
-    return full.ravel()[inside.ins]
+    "A depth without threads and pinholes: smoothed over `sigma_mm` near its surface."
+    full = inside.spread(np.clip(depth, -2, 2), -2.0)
+    smooth = ndimage.gaussian_filter(full, np.divide(sigma_mm, FINE_MM), truncate=2.5)
+    return smooth.ravel()[inside.ins]
+
+# %% ../../nbs/phantom/bleeding.ipynb #b9ef461c
+def depth_of_volume(
+    shape: Shape, inside: Inside, ml: float, sizes: tuple[float, float],
+    room: np.ndarray | float = np.inf, sigma_mm: float = 1.4, spare: float = 1.0,
+) -> tuple[np.ndarray, float]:
+    """Depth (mm) of a shape that holds `ml` within a room (a depth, mm), and its size.
+
+    spare: factor of the volume that the size is chosen for, where smoothing takes some away.
+    """
+    size = grow_size(shape, inside, spare * ml, *sizes)
+    smooth = np.minimum(rounded(shape(inside, size), inside, sigma_mm), room)
+    return np.minimum(fit_volume(smooth, ml), room), size
 
 # %% ../../nbs/phantom/bleeding.ipynb #7616aa19
 WALL_MM = 1.0  # blood keeps this far from bone
@@ -84,54 +69,53 @@ WALL_MM = 1.0  # blood keeps this far from bone
 
 def blood_fraction(depth: np.ndarray, inside: Inside) -> np.ndarray:
     "Voxel fraction (packed) of blood of the given depth (mm, packed); none of it in bone."
-    full = inside.spread(np.minimum(np.clip(depth, -4, 4), inside.d - WALL_MM).astype(np.float32), -4.0)
-    near = np.nonzero((full > -3).any((1, 2)))[0]
-    if not len(near):
-        return np.zeros_like(inside.d)
-    box = slice(max(near[0] - 1, 0), near[-1] + 2)
-    slopes = [np.abs(g) for g in np.gradient(full[box], *FINE_MM)]
+    near = np.minimum(np.clip(depth, -4, 4), inside.d - WALL_MM)
+    full = inside.spread(near.astype(np.float32), -4.0)
+    slopes = [np.abs(g) for g in np.gradient(full, *FINE_MM)]
     steep = np.sqrt(sum(g * g for g in slopes)) + np.float32(0.3)
-    width = np.clip(sum(g * np.float32(mm) for g, mm in zip(slopes, FINE_MM)) / steep, 1.25, 3.0)
-    fraction = np.zeros(FINE, np.float32)
-    fraction[box] = np.clip(0.5 + full[box] / width, 0, 1)
+    width = sum(g * np.float32(mm) for g, mm in zip(slopes, FINE_MM)) / steep
+    fraction = np.clip(0.5 + full / np.clip(width, 1.25, 3.0), 0, 1)
     return fraction.ravel()[inside.ins] * (inside.d > 0)
 
 # %% ../../nbs/phantom/bleeding.ipynb #6768f833
-NUDGES = (0.0, 0.04, -0.04, 0.08, -0.08, 0.12, -0.12, 0.16, -0.16)  # voxel fraction at the edge; 0.16 is about 0.2 mm
+NUDGES = (0.0, 0.04, -0.04, 0.08, -0.08, 0.12, -0.12, 0.16, -0.16)  # voxel fraction; 0.16: 0.2 mm
 CHECKED = ((64, 80), (80, 100), (96, 120), (112, 140), (192, 240))
 
 
 def disagreement(slices: np.ndarray) -> float:
-    "Largest relative difference of the drawn volume on the CHECKED grids from that on the lattice's pixels."
+    "Largest relative difference of the drawn volume on the CHECKED grids from the lattice's own."
     true = max(int(np.count_nonzero(slices >= 0.5)), 1)
-    pixels = [np.count_nonzero(drawn_share(slices, g) >= 0.5) * (FINE[1] * FINE[2] / (g[0] * g[1])) for g in CHECKED]
+    pixels = [np.count_nonzero(drawn_share(slices, grid) >= 0.5)
+              * (FINE[1] * FINE[2] / (grid[0] * grid[1])) for grid in CHECKED]
     return max(abs(n / true - 1) for n in pixels)
 
-# %% ../../nbs/phantom/bleeding.ipynb #18b319c9
-def steady(part: np.ndarray, inside: Inside, enough: float = 0.02, large_ml: float = 60.0) -> np.ndarray:
-    "The voxel fraction (packed), its edge nudged so that its volume is the same on every grid; large bleeds stay."
-    if part.sum() * FINE_ML > large_ml:
+# %% ../../nbs/phantom/bleeding.ipynb #5b403432
+def nudged(part: np.ndarray, nudge: float) -> np.ndarray:
+    "Voxel fractions of blood with the edge moved."
+    return np.where(part > 0, np.clip(part + np.float32(nudge), 0, 1), 0).astype(np.float32)
+
+
+def steady(part: np.ndarray, inside: Inside) -> np.ndarray:
+    "A voxel fraction (packed) whose volume is the same on every grid; a bleed over 60 mL stays."
+    if part.sum() * FINE_ML > 60.0 or not part.any():
         return part
     full = inside.spread(part)
     near = np.nonzero(full.any((1, 2)))[0]
-    if not len(near):
-        return part
-    box = slice(near[0] // 2 * 2, near[-1] // 2 * 2 + 2)
+    planes = full[near[0] // 2 * 2 : near[-1] // 2 * 2 + 2]
     trials = []
     for nudge in NUDGES:
-        moved = np.where(full[box] > 0, np.clip(full[box] + np.float32(nudge), 0, 1), 0)
-        trials.append((disagreement(0.5 * (moved[0::2] + moved[1::2])), nudge))
-        if trials[-1][0] <= enough:
+        trials.append((disagreement(thick(nudged(planes, nudge))), nudge))
+        if trials[-1][0] <= 0.02:
             break
-    return np.where(part > 0, np.clip(part + np.float32(min(trials)[1]), 0, 1), 0).astype(np.float32)
+    return nudged(part, min(trials)[1])
 
 # %% ../../nbs/phantom/bleeding.ipynb #9748de8a
 @dataclass(frozen=True)
 class Lesion:
     """What is asked for: type, millilitres, side (-1 right, 1 left), site (mm), HU of pure blood.
 
-    along: a subdural also lies on the "falx" or the "tentorium"; spots: further centres of a contusion (offset in
-    sizes, share of the size); stretch: proportions of a clot.
+    along: a subdural also lies on the "falx" or the "tentorium"; spots: further centres of a
+    contusion (offset in sizes, share of the size); stretch: proportions of a clot.
     """
 
     type: str
@@ -151,7 +135,7 @@ def outward(site: Vec) -> Vec:
 
 # %% ../../nbs/phantom/bleeding.ipynb #4c0f208a
 def room(inside: Inside, lesion: Lesion) -> np.ndarray:
-    "Depth (mm) in the room a lesion can not leave: the skull; its sutures if epidural, the falx if subdural."
+    "Depth (mm) in what a lesion can not leave: skull; sutures if epidural, falx if subdural."
     depth = inside.d - WALL_MM
     if lesion.type == "epidural":
         here = sutures(lesion.site)
@@ -162,166 +146,176 @@ def room(inside: Inside, lesion: Lesion) -> np.ndarray:
     return depth
 
 # %% ../../nbs/phantom/bleeding.ipynb #0a9d4d8e
-def epidural(inside: Inside, lesion: Lesion, size: float) -> np.ndarray:
-    "A biconvex lens `size` mm thick at the inner table; it crosses neither a suture nor the tentorium."
+def epidural(inside: Inside, size: float, lesion: Lesion) -> np.ndarray:
+    "A biconvex lens `size` mm thick at the inner table; it crosses neither suture nor tentorium."
     foot = 6 + 1.6 * size
     radius = (foot**2 + size**2) / (2 * size)
     centre = vec(c + n * (radius - size) for c, n in zip(lesion.site, outward(lesion.site)))
     ball = radius - distance(inside.p, centre) + 0.5 * inside.fields["rough"]
-    return np.minimum(ball, np.minimum(room(inside, lesion), inside.fields["height"]))
+    return intersection(ball, room(inside, lesion), inside.fields["height"])
 
 # %% ../../nbs/phantom/bleeding.ipynb #9cb5835f
-def crescent(inside: Inside, lesion: Lesion, size: float) -> np.ndarray:
+def crescent(inside: Inside, size: float, lesion: Lesion) -> np.ndarray:
     "Blood `size` mm thick over one hemisphere, fading along the convexity."
-    _, y, z = inside.p
     wide = min(max(0.07 * size - 0.2, 0.13), 1.0)  # a small one is short, not thinner than a pixel
-    near = ((y - lesion.site[1]) / (75 * wide)) ** 2 + ((z - lesion.site[2]) / (52 * wide)) ** 2
-    rind = size * np.sqrt(np.clip(1 - near, 0, 1)) * (1 + 0.2 * inside.fields["rough"]) - (inside.d - 1.0)
-    edge = np.minimum(lesion.side * inside.fields["mid"] - 1.5, inside.fields["height"] - 1)
-    return np.minimum(rind, np.minimum(inside.d - 1.0, np.minimum(edge, 60 * (1 - near))))
+    across = ((inside.p.y - lesion.site[1]) / (75 * wide)) ** 2
+    near = across + ((inside.p.z - lesion.site[2]) / (52 * wide)) ** 2
+    thickness = size * np.sqrt(np.clip(1 - near, 0, 1)) * (1 + 0.2 * inside.fields["rough"])
+    beside = lesion.side * inside.fields["mid"] - 1.5
+    return intersection(thickness - (inside.d - 1.0), inside.d - 1.0, 60 * (1 - near), beside,
+                        inside.fields["height"] - 1)
 
 # %% ../../nbs/phantom/bleeding.ipynb #834314b8
-def subdural(inside: Inside, lesion: Lesion, size: float) -> np.ndarray:
-    "A crescent, and the layer on falx or tentorium that the lesion asks for; all on one side of the falx."
-    depth, f, layer = crescent(inside, lesion, size), inside.fields, float(np.clip(0.25 * size, 3.6, 6))
-    beside = lesion.side * f["mid"]
-    if lesion.along == "falx":
-        sheet = np.minimum(beside - 0.9, 0.9 + layer * (1 + 0.2 * f["rough"]) - beside)
-        extent = np.minimum(44 - np.abs(inside.p[1] - lesion.site[1] - 15), -callosum(inside.p) - 2)
-    elif lesion.along == "tentorium":
-        sheet = np.minimum(f["height"] - 0.9, 0.9 + layer - f["height"])
-        free = -ellipsoid(inside.p, (0, 20, 4), (22, 23, 40))
-        extent = np.minimum(np.minimum(posterior_fossa(inside.p) + 2, free), beside - 1.5)
-    else:
+def subdural(inside: Inside, size: float, lesion: Lesion) -> np.ndarray:
+    "A crescent, and the layer that the lesion asks for on its side of falx or tentorium."
+    depth = crescent(inside, size, lesion)
+    if not lesion.along:
         return depth
-    return np.maximum(depth, np.minimum(np.minimum(sheet, extent), np.minimum(inside.d - 1.2, f["height"] - 0.9)))
+    height = inside.fields["height"]
+    beside = lesion.side * inside.fields["mid"]
+    layer = float(np.clip(0.25 * size, 3.6, 6))
+    if lesion.along == "falx":
+        uneven = 0.9 + layer * (1 + 0.2 * inside.fields["rough"])
+        extent = np.minimum(44 - np.abs(inside.p.y - lesion.site[1] - 15), -callosum(inside.p) - 2)
+        sheet = intersection(beside - 0.9, uneven - beside, extent)
+    else:
+        extent = intersection(posterior_fossa(inside.p) + 2, free_edge(inside.p, 23), beside - 1.5)
+        sheet = intersection(height - 0.9, 0.9 + layer - height, extent)
+    return np.maximum(depth, intersection(sheet, inside.d - 1.2, height - 0.9))
 
 # %% ../../nbs/phantom/bleeding.ipynb #4defda14
-def contusion(inside: Inside, lesion: Lesion, size: float) -> np.ndarray:
-    "Ragged patches of about `size` mm that run together, in the cortex and the white matter under it."
+def contusion(inside: Inside, size: float, lesion: Lesion) -> np.ndarray:
+    "Ragged patches of about `size` mm that run together, in the cortex and below it."
     f = inside.fields
     blob = size - distance(inside.p, lesion.site, (1, 1.2, 0.9))
     for offset, share in lesion.spots:
         spot = vec(c + size * o for c, o in zip(lesion.site, offset))
         blob = np.maximum(blob, size * share - distance(inside.p, spot, (1, 1.15, 0.95)))
     ragged = blob + (0.26 * size + 0.8) * f["rough"] + 0.14 * size * f["wave"] + 0.4 * f["texture"]
-    return np.minimum(ragged, np.minimum(inside.d - 2.2, lesion.side * f["mid"] - 1.5))
+    return intersection(ragged, inside.d - 2.2, lesion.side * f["mid"] - 1.5)
 
 # %% ../../nbs/phantom/bleeding.ipynb #55f9cd32
-def intraparenchymal(inside: Inside, lesion: Lesion, size: float) -> np.ndarray:
+def intraparenchymal(inside: Inside, size: float, lesion: Lesion) -> np.ndarray:
     "A lobulated clot of about `size` mm inside the brain."
-    lobes = size - distance(inside.p, lesion.site, lesion.stretch) + 0.24 * size * inside.fields["wave"]
+    ball = size - distance(inside.p, lesion.site, lesion.stretch)
+    lobes = ball + 0.24 * size * inside.fields["wave"]
     return np.minimum(lobes + 0.14 * size * inside.fields["rough"], inside.d - 3)
 
 # %% ../../nbs/phantom/bleeding.ipynb #55e07361
-def convexity(inside: Inside, lesion: Lesion, size: float) -> np.ndarray:
+def convexity(inside: Inside, size: float, lesion: Lesion) -> np.ndarray:
     "Subarachnoid blood in the sulci within `size` mm of the site."
-    near = 0.5 * (size - distance(inside.p, lesion.site, (1, 1.3, 1.2))) + 2 * inside.fields["wave"]
-    filled = np.minimum(inside.fields["csf"] + 0.7, inside.d - DURA_MM - 0.2)
-    return np.minimum(np.minimum(filled, near), inside.fields["height"])
+    ball = 0.5 * (size - distance(inside.p, lesion.site, (1, 1.3, 1.2)))
+    near = ball + 2 * inside.fields["wave"]
+    return intersection(near, inside.fields["csf"] + 0.7, inside.d - DURA_MM - 0.2,
+                        inside.fields["height"])
 
 # %% ../../nbs/phantom/bleeding.ipynb #77536f0a
-SHAPES = {  # kind: shape, largest size in mm, largest mL, mean HU of pure blood
+SHAPES = {  # by type: shape, largest size in mm, largest mL, mean HU of pure blood
     "epidural": (epidural, 45.0, 110.0, 57.0), "subdural": (subdural, 30.0, 150.0, 52.5),
-    "contusion": (contusion, 30.0, 55.0, 52.0), "intraparenchymal": (intraparenchymal, 40.0, 80.0, 52.5),
-    "subarachnoid": (convexity, 70.0, 12.0, 52.0),
+    "contusion": (contusion, 30.0, 55.0, 52.0), "subarachnoid": (convexity, 70.0, 12.0, 52.0),
+    "intraparenchymal": (intraparenchymal, 40.0, 80.0, 52.5),
 }
 
 
 def lesion_depth(inside: Inside, lesion: Lesion) -> np.ndarray:
-    "Depth (mm, packed) of a lesion of the volume asked for, without structure thinner than a pixel."
-    shape, largest = SHAPES[lesion.type][:2]
-    size = grow_size(lambda few, s: shape(few, lesion, s), inside, lesion.ml, 0.5, largest)
-    smooth = rounded(shape(inside, lesion, size), inside, 1.8 if lesion.type == "subarachnoid" else 1.4)
+    "Depth (mm, packed) of a lesion of the volume asked for, smooth at the scale of a pixel."
+    shape, largest, _, _ = SHAPES[lesion.type]
+    sigma_mm = 1.8 if lesion.type == "subarachnoid" else 1.4
     within = room(inside, lesion)
-    return np.minimum(fit_volume(np.minimum(smooth, within), lesion.ml), within)
+    one = partial(shape, lesion=lesion)
+    return depth_of_volume(one, inside, lesion.ml, (0.5, largest), within, sigma_mm)[0]
 
 # %% ../../nbs/phantom/bleeding.ipynb #893f12ee
-def draw_blow(seed: int, index: int, lesions: Sequence[Lesion]) -> tuple[Vec, float] | None:
-    "Where the head was hit (patient's mm, on the scalp) and how far the scalp swells (mm); None if it does not."
+def draw_blow(seed: int, index: int, lesions: Sequence[Lesion]) -> Blow | None:
+    "Where the head was hit (on the scalp) and how many mm it swells; None if it does not."
     g = stream("tbi", seed, index, "blow")
-    drawn, most, seen = g.uniform((20, -55, 20), (58, 70, 50)), float(g.uniform(4, 9)), g.random() < 0.6
-    side = int(g.choice((-1, 1)))
-    site = vec((side * drawn[0], drawn[1], drawn[2]))
+    x, y, z = g.uniform((20, -55, 20), (58, 70, 50))
+    most = float(g.uniform(4, 9))
+    is_swollen = g.random() < 0.6
+    site = vec((int(g.choice((-1, 1))) * x, y, z))
     if lesions:
-        main = lesions[0]
-        site = main.site if main.type != "contusion" else (-main.site[0], 60.0, 30.0)
-    if not seen:
-        return None
-    centre, reach = np.array((0.0, 15.0, 18.0)), np.array((75.0, 92.0, 82.0))
-    way = np.subtract(site, centre) / reach
-    return vec(centre + reach * way / np.linalg.norm(way)), most
+        opposite = (-lesions[0].site[0], 60.0, 30.0)
+        site = opposite if lesions[0].type == "contusion" else lesions[0].site
+    centre, radii = np.array(((0.0, 15.0, 18.0), (75.0, 92.0, 82.0)))  # of the scalp, mm
+    way = np.subtract(site, centre) / radii
+    return (vec(centre + radii * way / np.linalg.norm(way)), most) if is_swollen else None
 
 # %% ../../nbs/phantom/bleeding.ipynb #251ab4f3
 def pushed(p: Points, lesions: Sequence[Lesion]) -> Points:
-    "Coordinates read from nearer the lesions (but for subarachnoid blood), so that the brain moves away from them."
-    q = list(p)
+    "Coordinates read from nearer the lesions (subarachnoid apart): the brain moves away from them."
+    q: Sequence[np.ndarray] = p
     for lesion in lesions:
         if lesion.type != "subarachnoid":
-            amount = 0.8 * lesion.ml**0.5 * np.exp(-distance(p, lesion.site) ** 2 / (2 * 48.0**2))
+            near = np.exp(-distance(p, lesion.site) ** 2 / (2 * 48.0**2))
+            amount = 0.8 * lesion.ml**0.5 * near
             q = [a + amount * n for a, n in zip(q, outward(lesion.site))]
-    return q[0], q[1], q[2]
+    return Points(*q)
 
 # %% ../../nbs/phantom/bleeding.ipynb #e8e2788d
 def margin(depth: np.ndarray, inside: Inside, most: float = 9.0) -> np.ndarray:
     "The depth, continued outside the clot as minus the distance (mm) from it, down to -`most`."
     within = inside.spread(depth > 0, False)
-    planes, rows, columns = (np.nonzero(within.any(tuple(a for a in range(3) if a != k)))[0] for k in range(3))
-    if not len(planes):
-        return np.full_like(depth, -most)
-    box = tuple(slice(max(int(i[0] - most / mm) - 1, 0), int(i[-1] + most / mm) + 2)
-                for i, mm in zip((planes, rows, columns), FINE_MM))
+    found = ndimage.find_objects(within.astype(np.uint8))
     full = np.full(FINE, -most, np.float32)
-    full[box] = -np.minimum(ndimage.distance_transform_edt(~within[box], sampling=FINE_MM), most)
+    for clot in found:  # one box, or none
+        box = tuple(slice(max(int(s.start - most / mm) - 1, 0), int(s.stop + most / mm) + 1)
+                    for s, mm in zip(clot, FINE_MM))
+        away = ndimage.distance_transform_edt(~within[box], sampling=FINE_MM)
+        full[box] = -np.minimum(away, most)
     return np.where(depth > 0, depth, full.ravel()[inside.ins])
 
 # %% ../../nbs/phantom/bleeding.ipynb #864c42da
 def add_blood(
-    on: Canvas, found: dict[str, np.ndarray], name: str, part: np.ndarray, hu: float | np.ndarray, texture: np.ndarray
+    on: Canvas, found: dict[str, np.ndarray], name: str, depth: np.ndarray,
+    hu: float | np.ndarray, inside: Inside,
 ) -> None:
-    "Paint blood of voxel fraction `part`, a little uneven; book it under `name` in `found`; it displaces other blood."
-    on.lay(part, "blood", hu + 1.5 * texture)
+    "Paint blood of a depth (mm); its voxel fraction goes to `found[name]` and displaces others."
+    part = steady(blood_fraction(depth, inside), inside)
+    on.lay(part, "blood", hu + 1.5 * inside.fields["texture"])
     for other in found:
         found[other] = found[other] * (1 - part)
     found[name] = found.get(name, 0) + part
 
 # %% ../../nbs/phantom/bleeding.ipynb #024e2574
-def bleed_trauma(on: Canvas, inside: Inside, lesions: Sequence[Lesion], brain: Brain) -> dict[str, np.ndarray]:
-    "Paint the lesions of a TBI case, all oedema before any blood; returns the voxel fraction of each type."
+def bleed_trauma(on: Canvas, inside: Inside, lesions: Sequence[Lesion]) -> dict[str, np.ndarray]:
+    "Paint the lesions of a TBI case, all oedema before any blood; the voxel fraction of each type."
     depths = [lesion_depth(inside, lesion) for lesion in lesions]
+    rough = inside.fields["rough"]
     for lesion, depth in zip(lesions, depths):
         if lesion.type in ("contusion", "intraparenchymal"):
-            rim = margin(depth, inside) + 2.5 + 0.7 * lesion.ml ** (1 / 3) + 0.8 * inside.fields["rough"]
-            on.paint(np.minimum(rim, np.minimum(-brain.cortical, inside.d - 2)), "oedema", blur=2.5)
+            rim = margin(depth, inside) + 2.5 + 0.7 * lesion.ml ** (1 / 3) + 0.8 * rough
+            tissue = intersection(rim, -inside.fields["cortical"], inside.d - 2)
+            on.paint(Layer("oedema", tissue, blur=2.5))
     found: dict[str, np.ndarray] = {}
     for lesion, depth in zip(lesions, depths):
-        uneven = 3.0 * inside.fields["rough"] if lesion.type == "contusion" else 0.0
-        part = steady(blood_fraction(depth, inside), inside)
-        add_blood(on, found, lesion.type, part, lesion.hu + uneven, inside.fields["texture"])
+        uneven = 3.0 * rough if lesion.type == "contusion" else 0.0
+        add_blood(on, found, lesion.type, depth, lesion.hu + uneven, inside)
     return found
 
-# %% ../../nbs/phantom/bleeding.ipynb #2e0e5c8a
+# %% ../../nbs/phantom/bleeding.ipynb #57fc4251
 SITES = {  # place: low and high corner of where a lesion may start (left side, mm)
     "epidural": ((60, -18, 5), (62, 45, 45)), "frontal": ((42, -56, 14), (48, -44, 40)),
     "subdural": ((58, -15, 15), (62, 35, 40)), "contusion": ((15, -50, 6), (34, -42, 16)),
     "temporal": ((45, -30, -14), (53, -12, -4)), "intraparenchymal": ((22, -20, 4), (40, 50, 34)),
     "subarachnoid": ((38, -30, 35), (52, 45, 55)),
 }
-ELSEWHERE = {"contusion": ("temporal", 0.5), "epidural": ("frontal", 0.2)}  # kind: another place, how often
+ELSEWHERE = {"contusion": ("temporal", 0.5), "epidural": ("frontal", 0.2)}  # place, how often
 
-
+# %% ../../nbs/phantom/bleeding.ipynb #2e0e5c8a
 def draw_lesion(g: np.random.Generator, name: str, ml: float) -> Lesion:
-    "A lesion of a type and volume, its place and looks drawn."
+    "A lesion of a type and volume, with its place and density drawn."
     other, often = ELSEWHERE.get(name, (name, 0.0))
     place = other if g.random() < often else name
-    side, corner = int(g.choice((-1, 1))), SITES[place]
-    ml = min(ml, 60.0) if place == "frontal" else ml  # before the coronal suture is no room for more
-    site = [float(c) for c in g.uniform(*corner)]
-    hu = float(SHAPES[name][3] + g.normal(0, 2.0))
-    lesion = Lesion(name, float(min(ml, SHAPES[name][2])), side, (side * site[0], site[1], site[2]), hu)
+    side = int(g.choice((-1, 1)))
+    if place == "frontal":
+        ml = min(ml, 60.0)  # before the coronal suture is no room for more
+    x, y, z = vec(g.uniform(*SITES[place]))
+    _, _, most, mean_hu = SHAPES[name]
+    hu = float(mean_hu + g.normal(0, 2.0))
+    lesion = Lesion(name, float(min(ml, most)), side, (side * x, y, z), hu)
     if name == "contusion":
         spots = zip(g.normal(0, (0.8, 1.0, 0.7), (5, 3)), g.uniform(0.3, 0.8, 5))
-        return replace(lesion, spots=tuple((vec(o), float(s)) for o, s in spots))
+        return replace(lesion, spots=tuple((vec(offset), float(share)) for offset, share in spots))
     if name == "subdural" and ml > 15:
         return replace(lesion, along=str(g.choice(("", "falx", "tentorium"), p=(0.4, 0.3, 0.3))))
     return lesion
@@ -334,56 +328,47 @@ def plan_trauma(seed: int, index: int) -> list[Lesion]:
     if mix < 0.14:
         return []
     total = 5.0 * 29.5 ** quantile("tbi", seed, index, "volume")
-    main = ("epidural", "subdural", "contusion", "intraparenchymal")[int(np.searchsorted((0.36, 0.66, 0.89), mix))]
-    parts = [(main, total)]
+    mains = ("epidural", "subdural", "contusion", "intraparenchymal")
+    main = mains[int(np.searchsorted((0.36, 0.66, 0.89), mix))]
+    wanted = [(main, total)]
     if total > 12 and g.random() < 0.4:
         share = g.uniform(0.2, 0.35)
-        parts = [(main, total * (1 - share)), ("contusion" if main != "contusion" else "subdural", total * share)]
+        second = "contusion" if main != "contusion" else "subdural"
+        wanted = [(main, total * (1 - share)), (second, total * share)]
     if total > 8 and g.random() < 0.33:
-        parts.insert(0, ("subarachnoid", float(g.uniform(3, 8))))
-    return [draw_lesion(g, name, ml) for name, ml in parts]
+        wanted.insert(0, ("subarachnoid", float(g.uniform(3, 8))))
+    return [draw_lesion(g, name, ml) for name, ml in wanted]
 
 # %% ../../nbs/phantom/bleeding.ipynb #00379a34
 ANEURYSMS = {"acom": (0, -13, 2), "pcom": (12, 0, -1), "mca": (35, -14, 3), "basilar": (0, 7, -3)}
 SHARES = {"acom": 0.35, "pcom": 0.25, "mca": 0.25, "basilar": 0.15}
 
-# %% ../../nbs/phantom/bleeding.ipynb #f1cc9f02
-def lattice_graph(csf: np.ndarray, nodes: np.ndarray, slowest: float) -> sparse.csr_matrix:
-    "Neighbours on a 2.5 mm lattice and the mm between them; `csf`: depth in CSF (mm), `nodes`: bool, same shape."
-    number = np.full(csf.shape, -1)
-    number[nodes] = np.arange(nodes.sum())
-    cost = 1 / np.clip(coverage(csf, 2.5), slowest, 1)
-    rows, columns, lengths = [], [], []
-    for axis in range(3):
-        a, b = (tuple(s if k == axis else slice(None) for k in range(3)) for s in (slice(None, -1), slice(1, None)))
-        both = nodes[a] & nodes[b]
-        rows.append(number[a][both])
-        columns.append(number[b][both])
-        lengths.append(1.25 * (cost[a] + cost[b])[both])
-    parts = (np.concatenate(lengths), (np.concatenate(rows), np.concatenate(columns)))
-    return sparse.csr_matrix(parts, shape=(nodes.sum(),) * 2)
-
 # %% ../../nbs/phantom/bleeding.ipynb #7c331f67
 def geodesic(csf: np.ndarray, source: tuple[int, int, int], slowest: float = 0.18) -> np.ndarray:
-    "Path length (mm of CSF) from a voxel on a 2.5 mm lattice whose CSF depths (mm) are `csf`; 400 where none leads."
-    nodes = csf > -3.5
-    start = int(np.count_nonzero(nodes.ravel()[: np.ravel_multi_index(source, csf.shape)]))
-    found = csgraph.dijkstra(lattice_graph(csf, nodes, slowest), directed=False, indices=start, limit=400)
-    out = np.full(csf.shape, 400, np.float32)
-    out[nodes] = np.minimum(found, 400)
-    return np.where(nodes, out, np.minimum(ndimage.minimum_filter(out, 3) + 10, 400))
+    "Path length (mm of CSF, at most 400) from a voxel; csf: depths on a 2.5 mm lattice."
+    is_node = csf > -3.5
+    cost = (1 / np.clip(coverage(csf, 2.5), slowest, 1)).ravel()
+    number = np.arange(csf.size).reshape(csf.shape)
+    ahead = (number[:-1], number[:, :-1], number[:, :, :-1])
+    behind = (number[1:], number[:, 1:], number[:, :, 1:])
+    ends = np.array([np.concatenate([n.ravel() for n in side]) for side in (ahead, behind)])
+    a, b = ends[:, is_node.ravel()[ends].all(0)]
+    graph = sparse.csr_matrix((1.25 * (cost[a] + cost[b]), (a, b)), shape=(csf.size,) * 2)
+    found = csgraph.dijkstra(graph, directed=False, indices=number[source], limit=400)
+    mm = np.minimum(found, 400).reshape(csf.shape).astype(np.float32)
+    return np.where(is_node, mm, np.minimum(ndimage.minimum_filter(mm, 3) + 10, 400))
 
 # %% ../../nbs/phantom/bleeding.ipynb #0160e422
 def arrival(inside: Inside, site: Vec) -> np.ndarray:
     "Geodesic distance (mm) of every packed point from the CSF nearest to `site`."
     csf = inside.fields["csf"]
-    full = inside.spread(csf.astype(np.float32), -9.0)
-    near = np.where(csf > 0, distance(inside.p, site), np.inf)
-    start = np.unravel_index(inside.ins[int(np.argmin(near))], FINE)
-    coarse = 0.25 * (full[:, ::2, ::2] + full[:, 1::2, ::2] + full[:, ::2, 1::2] + full[:, 1::2, 1::2])
-    source = (start[0], start[1] // 2, start[2] // 2)
-    coarse[source] = max(coarse[source], 0.5)
     k, j, i = np.unravel_index(inside.ins, FINE)
+    start = np.argmin(np.where(csf > 0, distance(inside.p, site), np.inf))
+    source = (int(k[start]), int(j[start]) // 2, int(i[start]) // 2)
+    full = inside.spread(csf.astype(np.float32), -9.0)
+    corners = [full[:, a::2, b::2] for b in (0, 1) for a in (0, 1)]
+    coarse = 0.25 * np.sum(corners, axis=0)
+    coarse[source] = max(coarse[source], 0.5)
     where = np.stack([k, (j - 0.5) / 2, (i - 0.5) / 2]).astype(np.float32)
     return ndimage.map_coordinates(geodesic(coarse, source), where, order=1, mode="nearest")
 
@@ -392,55 +377,55 @@ FARTHEST_MM = 390.0
 
 
 def flow(inside: Inside, size: float) -> np.ndarray:
-    "How far (mm) behind the front a point lies; the front is ragged and has run `size` mm, at most FARTHEST_MM."
+    "How far (mm) behind the ragged front a point lies, once it has run `size` mm."
     f = inside.fields
     return min(size, FARTHEST_MM) - f["arrival"] + 3 * f["rough"] + 8 * f["wave"]
 
-# %% ../../nbs/phantom/bleeding.ipynb #b8f2366b
+
 def flood(inside: Inside, size: float) -> np.ndarray:
     "Depth (mm) of subarachnoid blood: distended CSF behind the front."
     behind = flow(inside, size)
     more = 0.012 * max(size - FARTHEST_MM, 0)
     swollen = inside.fields["csf"] + np.clip(0.8 + 0.012 * behind, 0.8, 2.6) + more
     free = inside.fields.get("free", inside.d)  # mm outside a clot, if there is one
-    return np.minimum(np.minimum(swollen, 0.4 * behind), np.minimum(inside.d - DURA_MM - 0.2, free))
+    return intersection(swollen, 0.4 * behind, inside.d - DURA_MM - 0.2, free)
 
-# %% ../../nbs/phantom/bleeding.ipynb #cde9e51a
-def gravity(at: Frame) -> np.ndarray:
-    "How low (mm) every lattice point lies when the patient lies on the back."
-    t = np.radians(at.tilt)
-    low = at.v[:, :, None] * np.cos(t) + at.w[:, None, None] * np.sin(t)
-    return np.broadcast_to(low, FINE).astype(np.float32)
-
-
-def settle(inside: Inside, size: float) -> np.ndarray:
-    "Depth (mm) of blood that stands `size` mm high in the ventricles; field `below`: mm under their lowest point, < 0."
-    return np.minimum(inside.fields["ventricle"] + 0.4, inside.fields["below"] + size)
+# %% ../../nbs/phantom/bleeding.ipynb #28b0ea70
+def flood_depth(inside: Inside, ml: float) -> tuple[np.ndarray, float]:
+    "Depth (mm, packed) of `ml` of subarachnoid blood, and how far it has run (mm)."
+    distended = np.minimum(inside.d - WALL_MM, inside.fields["csf"] + 4.0)
+    return depth_of_volume(flood, inside, ml, (2.0, 650.0), distended, sigma_mm=2.0, spare=1.08)
 
 # %% ../../nbs/phantom/bleeding.ipynb #49cfd882
 def with_level(inside: Inside, at: Frame) -> Inside:
-    "The same points with the field `below`."
-    low = gravity(at).ravel()[inside.ins]
-    wet = inside.fields["ventricle"] > 0
-    return Inside(inside.p, inside.d, {**inside.fields, "below": low - low[wet].max()}, inside.ins)
+    "The points with the field `below`: mm below the ventricles' lowest point, negative above it."
+    t = np.radians(at.tilt)
+    low = at.v[:, :, None] * np.cos(t) + at.w[:, None, None] * np.sin(t)
+    packed = np.broadcast_to(low, FINE).astype(np.float32).ravel()[inside.ins]
+    return inside.having(below=packed - packed[inside.fields["ventricle"] > 0].max())
 
-# %% ../../nbs/phantom/bleeding.ipynb #4d1ac0ee
+
+def settle(inside: Inside, size: float) -> np.ndarray:
+    "Depth (mm) of blood that stands `size` mm high in the ventricles."
+    return np.minimum(inside.fields["ventricle"] + 0.4, inside.fields["below"] + size)
+
+# %% ../../nbs/phantom/bleeding.ipynb #8db63460
 CLOTS = {  # artery: how often, where, proportions
     "acom": (0.35, (7, -31, 7), (0.75, 1.5, 0.95)), "mca": (0.5, (40, -7, 7), (0.75, 1.35, 1.05)),
     "pcom": (0.2, (27, -6, -2), (0.85, 1.3, 0.9)), "basilar": (0.0, (0, 0, 0), (1, 1, 1)),
 }
 
-
+# %% ../../nbs/phantom/bleeding.ipynb #4d1ac0ee
 @dataclass(frozen=True)
 class Bleed:
-    "What is asked for: artery, its site (mm), mL around the brain and in ventricles, a clot, hydrocephalus 0..1, HU."
+    "What an aneurysm bleeds: artery, site (mm), mL around the brain and in ventricles, a clot, HU."
 
     artery: str
     site: Vec
     subarachnoid: float
     ventricular: float
     clot: Lesion | None
-    hydrocephalus: float
+    hydrocephalus: float  # 0 to 1
     hu: float
 
     @property
@@ -452,61 +437,55 @@ class Bleed:
 def draw_clot(g: np.random.Generator, artery: str, side: int, ml: float) -> Lesion:
     "The clot of an artery's aneurysm."
     _, site, stretch = CLOTS[artery]
-    x, y, z = (float(c + e) for c, e in zip(site, g.normal(0, (0.5, 2, 1.5))))
+    x, y, z = vec(np.add(site, g.normal(0, (0.5, 2, 1.5))))
     return Lesion("clot", ml, side, (side * x, y, z), float(g.normal(54.5, 2)), stretch=stretch)
 
 # %% ../../nbs/phantom/bleeding.ipynb #08d0ed36
 def plan_bleed(seed: int, index: int) -> Bleed:
-    "What an aSAH case bleeds; a quarter or so of the cases in each of the paper's volume bins."
+    "What an aSAH case bleeds; about a quarter of the cases in each of the paper's volume bins."
     g = stream("asah", seed, index, "plan")
     u = quantile("asah", seed, index, "volume")
     total = float(np.interp(u, (0, 0.26, 0.54, 0.80, 1), (8, 25, 50, 100, 160)))
     artery = str(g.choice(list(SHARES), p=list(SHARES.values())))
     side = int(g.choice((-1, 1)))
     x, y, z = ANEURYSMS[artery]
-    ivh = float(min(total * g.uniform(0.06, 0.3), 25)) if g.random() < 0.5 else 0.0
-    share, wanted = g.uniform(0.15, 0.4), g.random() < CLOTS[artery][0]
-    clot = draw_clot(g, artery, side, float(min(total * share, 40))) if wanted and total > 15 else None
-    rest = total - ivh - (clot.ml if clot else 0.0)
-    swollen = float(g.uniform(0.3, 1.0)) if g.random() < (0.6 if ivh else 0.3) else 0.0
-    return Bleed(artery, (side * x, y, z), rest, ivh, clot, swollen, float(g.normal(51.3, 2.0)))
+    ventricular = float(min(total * g.uniform(0.06, 0.3), 25)) if g.random() < 0.5 else 0.0
+    clot_ml = float(min(total * g.uniform(0.15, 0.4), 40))
+    has_clot = g.random() < CLOTS[artery][0] and total > 15
+    clot = draw_clot(g, artery, side, clot_ml) if has_clot else None
+    rest = total - ventricular - (clot_ml if has_clot else 0.0)
+    is_swollen = g.random() < (0.6 if ventricular else 0.3)
+    swollen = float(g.uniform(0.3, 1.0)) if is_swollen else 0.0
+    return Bleed(artery, (side * x, y, z), rest, ventricular, clot, swollen,
+                 hu=float(g.normal(51.3, 2.0)))
 
 # %% ../../nbs/phantom/bleeding.ipynb #2fb629c6
 def thinned(hu: float, share: np.ndarray | float) -> np.ndarray | float:
     "HU of blood of which `share` is blood and the rest CSF."
     return HU["csf"] + (hu - HU["csf"]) * share
 
-# %% ../../nbs/phantom/bleeding.ipynb #28b0ea70
-def flood_depth(inside: Inside, ml: float) -> tuple[np.ndarray, float]:
-    "Depth (mm, packed) of `ml` of subarachnoid blood, and how far it has run (mm); field `arrival` is needed."
-    size = grow_size(flood, inside, 1.08 * ml, 2.0, 650.0)  # rounding takes some away
-    smooth = rounded(flood(inside, size), inside, 2.0)
-    most = np.minimum(inside.d - WALL_MM, inside.fields["csf"] + 4.0)  # no farther from the CSF than it can distend
-    return np.minimum(fit_volume(np.minimum(smooth, most), ml), most), size
-
 # %% ../../nbs/phantom/bleeding.ipynb #ecd7c869
 def clot_depth(inside: Inside, clot: Lesion | None) -> np.ndarray:
     "Depth (mm, packed) in the clot, in the brain; -9 everywhere without one."
     if clot is None:
         return np.full_like(inside.d, -9)
-    size = grow_size(lambda few, s: intraparenchymal(few, clot, s), inside, clot.ml, 0.5, 45.0)
-    return fit_volume(rounded(intraparenchymal(inside, clot, size), inside), clot.ml)
+    shape = partial(intraparenchymal, lesion=clot)
+    return depth_of_volume(shape, inside, clot.ml, (0.5, 45.0))[0]
 
 # %% ../../nbs/phantom/bleeding.ipynb #c6d561b9
 def bleed_aneurysm(on: Canvas, inside: Inside, at: Frame, bleed: Bleed) -> dict[str, np.ndarray]:
-    "Paint the blood of an aSAH case, denser near its source; returns the voxel fraction (packed) of each type."
-    clot, texture = clot_depth(inside, bleed.clot), inside.fields["texture"]
+    "Paint the blood of an aSAH case, denser near its source; the voxel fraction of each type."
     found: dict[str, np.ndarray] = {}
-    fields = {**inside.fields, "arrival": arrival(inside, bleed.site), "free": -clot}
-    here = with_level(Inside(inside.p, inside.d, fields, inside.ins), at)
+    clot = clot_depth(inside, bleed.clot)
+    here = with_level(inside, at).having(arrival=arrival(inside, bleed.site), free=-clot)
     depth, size = flood_depth(here, bleed.subarachnoid)
     share = np.clip(0.7 + flow(here, size) / 250, 0.68, 1.0)
-    add_blood(on, found, "subarachnoid", steady(blood_fraction(depth, here), here), thinned(bleed.hu, share), texture)
+    add_blood(on, found, "subarachnoid", depth, thinned(bleed.hu, share), here)
     if bleed.ventricular:
         level = grow_size(settle, here, bleed.ventricular, 0.0, 120.0)
-        part = steady(blood_fraction(fit_volume(settle(here, level), bleed.ventricular), here), here)
-        thick = 0.75 + 0.12 * np.clip((here.fields["below"] + level) / 15, 0, 1)
-        add_blood(on, found, "intraventricular", part, thinned(bleed.hu, thick), texture)
+        depth = fit_volume(settle(here, level), bleed.ventricular)
+        share = 0.75 + 0.12 * np.clip((here.fields["below"] + level) / 15, 0, 1)
+        add_blood(on, found, "intraventricular", depth, thinned(bleed.hu, share), here)
     if bleed.clot:
-        add_blood(on, found, "clot", steady(blood_fraction(clot, here), here), bleed.clot.hu, texture)
+        add_blood(on, found, "clot", clot, bleed.clot.hu, here)
     return found

@@ -20,14 +20,13 @@ from matplotlib.figure import Figure
 from ..common.display import markdown_text, plain_text, table_markdown
 from .figures import (amounts, dice_by_parameters, dice_by_strategy,
                                     dice_by_volume, ledger, study_overview, volume_agreement)
-from .pictures import cohort_sheet, learning_curves, overlays
-from ..common.style import save_figure
+from .pictures import cohort_sheet, draw_network, learning_curves, overlays
+from ..common.style import RunId, save_figure
 from ..common.files import atomic_path, file_hash, read_json
-from .results import (patient_frame, plan_strategies, read_results, strategy_names,
-                             study_output, tested_rows)
-from ..evaluation.statistics import strategies
+from .results import (patient_frame, plan_strategies, read_results, strategies_of,
+                                    strategy_names, study_output, tested_rows)
 from ..study.experiment import project_path
-from ..unet import build_network, draw_network
+from ..unet import build_network
 
 # %% ../../nbs/report/page.ipynb #3d8e370a
 def _planes(pictures: Mapping[str, np.ndarray], kind: str) -> dict[str, dict[str, np.ndarray]]:
@@ -40,28 +39,29 @@ def _planes(pictures: Mapping[str, np.ndarray], kind: str) -> dict[str, dict[str
     return found
 
 # %% ../../nbs/report/page.ipynb #f8a9cfe6
-def curve_groups(results: Mapping[str, Any], histories: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def curve_groups(results: Mapping[str, Any], histories: pd.DataFrame) -> dict[Any, pd.DataFrame]:
     "Losses by strategy (columns run, fold, step, loss): pre-training first, then every compared strategy that trained."
-    names = {"pretrain": "pre-training"} | {run["id"]: run["name"] for run in results["runs"] if run["name"] in strategy_names(results)}
-    rows = histories.assign(strategy=histories.run.map(names))
-    return {name: rows[rows.strategy == name] for name in dict.fromkeys(rows.strategy.dropna())}
+    known = {"pretrain": "pre-training"} | {run["id"]: run["name"] for run in results["runs"] if run["name"] in strategy_names(results)}
+    rows = histories.assign(strategy=histories.run.map(known))
+    runs: Mapping[str, Any] = strategies_of(results)
+    return {runs.get(name, name): rows[rows.strategy == name] for name in dict.fromkeys(rows.strategy.dropna())}
 
 # %% ../../nbs/report/page.ipynb #250f1232
 def dice_rows(results: Mapping[str, Any]) -> tuple[pd.DataFrame, str]:
-    "Columns run (a strategy), patient, dice_soft (mean over seeds), and a title: those of the fit, where there is one."
+    "Patients of the strategies that are shown, and a title: those of the fit, where there is one."
     rows = patient_frame(results)
-    rows = rows.assign(run=strategies(rows))
-    rows = rows[rows.run.isin(strategy_names(results))]
+    rows = rows[rows.run.isin(run["id"] for run in results["runs"] if run["name"] in strategy_names(results))]
     role = "fit" if (rows.role == "fit").any() else "test"
-    means = rows[rows.role == role].groupby(["run", "patient"], sort=False).dice_soft.mean().reset_index()
-    return means, "" if role == "test" else "a fit, not a test"
+    kept = ["method", "rank", "region", "extras", "patients", "network", "options", "patient", "dice_soft"]
+    return rows.loc[rows.role == role, kept], "" if role == "test" else "a fit, not a test"
 
 # %% ../../nbs/report/page.ipynb #ecf8575f
-def in_volumes(results: Mapping[str, Any]) -> list[str]:
-    "Strategies for figures of volumes: the baseline, the standard and the newer method of the plan, where they were run."
+def in_volumes(results: Mapping[str, Any]) -> list[RunId]:
+    "Strategies for figures of volumes: the plan's baseline, standard and newer method, where they were run."
     known = [row["strategy"] for row in results["volumes"]]
     wanted = [name for name in plan_strategies(results, [results["plan"]["newer"]]) if name in known]
-    return wanted if len(wanted) > 1 else known[:3]
+    runs = strategies_of(results)
+    return [runs[name] for name in (wanted if len(wanted) > 1 else known[:3])]
 
 # %% ../../nbs/report/page.ipynb #98f61980
 def slice_size(target: Mapping[str, Any]) -> tuple[int, int]:
@@ -76,7 +76,11 @@ def figure_makers(results: Mapping[str, Any], histories: pd.DataFrame,
     synthetic, roles = results["study"]["synthetic"], {row["patient"]: row["role"] for row in results["patients"]}
     rows, title = dice_rows(results)
     titles = {patient: patient + " (fit)" * (role == "fit") for patient, role in roles.items()}
-    tested = tested_rows(results).assign(run=strategies)
+    tested = tested_rows(results)
+    runs = strategies_of(results)
+    shown = [runs[name] for name in results["shown"]["strategies"]]
+    by_amount = [runs[name] for name in dict.fromkeys(row["strategy"] for row in results["amounts"])]
+    examples: dict[Any, Any] = {runs[name]: planes for name, planes in _planes(pictures, "overlay").items()}
     makers = {
         "overview": lambda: study_overview(results),
         "cohorts": lambda: cohort_sheet({role: [(name.split("/", 1)[1], ct, mask) for name, (ct, mask) in scans.items()]
@@ -84,12 +88,12 @@ def figure_makers(results: Mapping[str, Any], histories: pd.DataFrame,
         "network": lambda: draw_network(build_network(results["study"]["network"]), slice_size(results["study"]["target"])),
         "curves": lambda: learning_curves(curve_groups(results, histories), synthetic, smooth=5),
         "dice": lambda: dice_by_strategy(rows, synthetic, title=title, summaries=() if title else results["summaries"]),
-        "overlays": lambda: overlays(_planes(pictures, "overlay"), synthetic, titles),
-        "bins": lambda: dice_by_volume(results["bins"], results["shown"]["strategies"], synthetic),
+        "overlays": lambda: overlays(examples, synthetic, titles),
+        "bins": lambda: dice_by_volume(results["bins"], shown, synthetic),
         "volumes": lambda: volume_agreement(tested, results["volumes"], in_volumes(results), synthetic),
         "parameters": lambda: dice_by_parameters(results["runs"], results["summaries"], synthetic),
-        "amounts": lambda: amounts(results["amounts"], synthetic),
-        "ledger": lambda: ledger(results["claims"], synthetic)}
+        "amounts": lambda: amounts(results["amounts"], by_amount, synthetic),
+        "ledger": lambda: ledger(results["claims"], synthetic, results["plan"]["score"])}
     needed = {"bins": "volumes", "volumes": "volumes", "parameters": "summaries", "amounts": "amounts", "ledger": "claims"}
     return {name: make for name, make in makers.items() if results[needed.get(name, "study")]}
 

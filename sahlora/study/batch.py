@@ -11,7 +11,6 @@ __all__ = ['MARK', 'Batch', 'make_batch', 'leftovers', 'end_leftovers', 'job_pre
 import hashlib
 import heapq
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -22,21 +21,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from sys import platform
 from typing import Any
 
+import pandas as pd
 import psutil
 import yaml
 
 # %% ../../nbs/study/batch.ipynb #83fa0cfc
 from ..cohorts.cohort import make_phantom_cohort, scan_size
 from ..ct.core import visible
-from .experiment import project_folder, project_path
+from .experiment import load_extensions, project_folder, project_path, short_path
 from ..common.files import remove_leftovers, sole_writer
-from ..common.hardware import choose_device, choose_threads
+from ..common.hardware import choose_device, choose_threads, keep_memory
 from ..cohorts.slices import open_store
 from ..training.transfer import Strategy, prepare, rates, score_cohort
 from .schema import Study, check_folders, expand_runs, network_of, read_study, strategy_of
@@ -138,17 +139,12 @@ def owned(batch: Batch) -> Iterator[None]:
             _clear(batch)
             signal.signal(signal.SIGTERM, before)
 
-# %% ../../nbs/study/batch.ipynb #c5c55c52
-def _short(path: Path) -> Path:
-    "A path as seen from the project where it lies in it: the same study elsewhere is not another one."
-    return path.relative_to(project_folder()) if path.is_relative_to(project_folder()) else path
-
 # %% ../../nbs/study/batch.ipynb #af895eed
 def command(batch: Batch, *words: str, config: Sequence[str] = ()) -> list[str]:
     "The command line of Snakemake for a study."
     where = ["--profile", str(batch.profile)] if batch.profile else ["--cores", str(batch.cores)]
     where += ["--slurm-jobname-prefix", job_prefix(batch.folder)] if batch.on_slurm else []
-    config = [f"study={_short(batch.study)}", f"runs={_short(batch.folder.parent)}", *config]
+    config = [f"study={short_path(batch.study)}", f"runs={short_path(batch.folder.parent)}", *config]
     return [sys.executable, "-m", "snakemake", "--snakefile", "paper/Snakefile", *where, "--nolock", "--rerun-incomplete", "--keep-going",
             *words, "--quiet", "host", "reason", "progress", "--config", *config]
 
@@ -158,15 +154,30 @@ def _environment(batch: Batch) -> dict[str, str]:
     return os.environ | {MARK: str(batch.folder), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
 
 # %% ../../nbs/study/batch.ipynb #da2ebf67
+def _jobs_by_file(batch: Batch) -> dict[str, tuple[str, str]]:
+    "File that a run or a pre-training writes -> its rule and its wildcard in the Snakefile."
+    study = read_study(batch.study)
+    folder = short_path(batch.folder)
+    runs = {f"{folder}/finetune/{run['id']}/run.json": ("finetune", run["id"]) for run in expand_runs(study)}
+    fronts = [f"-{name}" for name in study.networks]
+    return runs | {f"{folder}/pretrain{front}/run.json": ("pretrain", front) for front in ("", *fronts)}
+
+
 def pending(batch: Batch) -> list[tuple[str, str]]:
-    "(rule, its wildcard or '') of every job that is not done. Raises: ValueError with Snakemake's words."
+    """(rule, its wildcard or '') of every job that is not done, from Snakemake's table of its files.
+
+    Raises: ValueError with Snakemake's words.
+    """
     here = replace(batch, profile=None)
-    done = subprocess.run(command(here, "--dry-run"), cwd=project_folder(), env=_environment(here), capture_output=True, text=True)
+    done = subprocess.run(command(here, "--summary"), cwd=project_folder(), env=_environment(here), capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"{batch.study}: Snakemake can not plan it:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    blocks = re.findall(r"^(?:local)?rule (\w+):\n((?: +.*\n)+)", done.stdout + done.stderr, re.M)
-    wild = [re.search(r"wildcards: \w+=(\S*)", block) for _, block in blocks]
-    return [(rule, match[1] if match else "") for (rule, _), match in zip(blocks, wild) if rule != "all"]
+    files = pd.read_csv(StringIO(done.stdout), sep="\t", keep_default_na=False)
+    known = _jobs_by_file(batch)
+    waiting = files[files.plan == "update pending"]
+    return list(dict.fromkeys(
+        known.get(row.output_file, (row.rule, "")) for row in waiting.itertuples()
+        if row.output_file in known or row.rule not in ("finetune", "pretrain")))
 
 # %% ../../nbs/study/batch.ipynb #63466028
 def _report_what_is_there(batch: Batch) -> None:
@@ -177,7 +188,7 @@ def _report_what_is_there(batch: Batch) -> None:
         why = f"{stale[0]} is out of date" if stale else "no run is whole" if missing else "making it failed"
         print(f"{batch.folder.name}: no report: {why}", flush=True)
         return
-    targets = [f"{_short(batch.folder)}/report/{name}" for name in ("report.html", "paper.pdf")]
+    targets = [f"{short_path(batch.folder)}/report/{name}" for name in ("report.html", "paper.pdf")]
     words = ["--forcerun", "report", "--allowed-rules", "report", "html", "pdf"]
     here = command(replace(batch, profile=None), *words, config=["partial=true"])
     done = subprocess.run([*here, "--", *targets], cwd=project_folder(), env=_environment(batch))
@@ -264,8 +275,10 @@ def _time_step(study: Study, network: str, region: str, cohort: Any, count: int 
 # %% ../../nbs/study/batch.ipynb #3221f567
 def time_here(study: Study) -> Costs:
     "Costs of a study, timed with its threads in this process, which has done nothing but start."
+    load_extensions(study.extensions)
     start = 4 * time.process_time()  # kernel, tables and pictures took three times as long as the imports in the smoke study
     choose_threads(study.threads)
+    keep_memory()
     with tempfile.TemporaryDirectory() as folder:
         began = clock(1)
         cohort = make_phantom_cohort(folder, "asah", 1, 0, grid_of(study.target))

@@ -24,17 +24,16 @@ from torch import Tensor, nn
 
 from ..adapters import METHODS, adapt, adapted_layers, save_adapter
 from ..cohorts.cohort import Cohort, richest_slice, scan_size
-from ..cohorts.folds import (Fold, check_disjoint, check_folds, check_voxels, fewer,
-                                   inner_split)
+from ..cohorts.folds import Fold, check_disjoint, check_folds, check_voxels, fewer, inner_split
 from ..cohorts.slices import SliceStore, open_store
 from ..common.files import (RECORD, atomic_folder, atomic_path, check_recorded, differences,
                                   load_tensors, object_hash, output_folder, read_json,
                                   remove_folder, save_tensors, write_csv, write_json)
 from ..common.hardware import choose_device, machine_facts, run_facts
 from ..common.options import options, unknown_key
+from ..common.style import RunId
 from ..evaluation.scores import score_patient, surface_tolerance
-from .checkpoint import Checkpoint
-from .loop import (Count, Positive, Precisions, Rate, Training, by_epoch,
+from .loop import (Checkpoint, Count, Positive, Precisions, Rate, Training, by_epoch,
                                    dice_of_rows, load_network, make_training, norm_policy, plateau,
                                    predict_volume, recompute_statistics, set_training_mode,
                                    train_patients)
@@ -106,9 +105,13 @@ class Strategy(_Words):
     @property
     def name(self) -> str:
         "A name for files and tables, such as cp-lora-r8-decoding."
-        rank, extras = f"-r{self.rank}" if self.is_adapter else "", "-extras" if self.extras else ""
-        few = f"-n{self.patients}" if self.patients else ""
-        return f"{self.method}{rank}{f'-{self.region}' if self.region else ''}{extras}{few}"
+        return self.run.strategy.name
+
+    @property
+    def run(self) -> RunId:
+        "What identifies its run in a comparison; a study adds a network and options to it."
+        rank = self.rank if self.is_adapter else None
+        return RunId(self.method, rank, self.region, self.extras, self.patients, replicate=self.seed)
 
 # %% ../../nbs/training/transfer.ipynb #464e6e80
 def _normal(strategy: Strategy) -> dict[str, Any]:
