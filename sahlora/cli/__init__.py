@@ -383,7 +383,7 @@ def _training_options(given: list[str] | None, device: str, workers: int) -> dic
             values[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ValueError(f"--option {text}: the value is not YAML ({error})") from error
-        with contextlib.suppress(ValueError, TypeError):
+        with contextlib.suppress(ValueError):  # YAML takes 1e-3 for text
             values[name] = float(value) if isinstance(values[name], str) else values[name]
     return values
 

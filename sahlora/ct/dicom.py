@@ -395,7 +395,7 @@ def _check_pixels(dataset: Dataset, file: File) -> None:
     "Raises: ValueError when pixels have no decoder, or plain ones are of a wrong length."
     syntax = _transfer_syntax(dataset)
     is_decodable = False
-    with suppress(NotImplementedError):
+    with suppress(NotImplementedError):  # pydicom knows no decoder of this syntax
         is_decodable = get_decoder(syntax).is_available
     samples = int(dataset.Columns) * int(dataset.get("SamplesPerPixel", 1))
     row = samples * int(dataset.BitsAllocated) // 8

@@ -28,6 +28,7 @@ from torch import nn
 from ..adapters import METHODS, load_adapter, merged_copy, read_adapter, save_adapter
 from ..cohorts.cohort import Cohort, make_phantom_cohort
 from ..cohorts.slices import open_store
+from ..ct import BRAIN_WINDOW
 from ..common.display import markdown_text, plain_text, table_markdown
 from ..common.files import (atomic_path, check_recorded, file_hash, load_tensors,
                                   object_hash, output_folder, package_version, read_json,
@@ -97,7 +98,7 @@ def make_network(recipe: Mapping[str, Any], work: Path, out: Path, quiet: bool =
     net, header = load_network(work / "base" / "model.safetensors")
     path = out / f"{NETWORK}.safetensors"
     save_network(path, net, patients=source.patients, voxels=header["voxels"],
-                 input={"window": [0.0, 140.0], "pixel_mm": median_pixel(source), "resample": True},
+                 input={"window": list(BRAIN_WINDOW), "pixel_mm": median_pixel(source), "resample": True},
                  training=header["training"], synthetic=True, cohort=dict(recipe["source"]),
                  made="sahlora models make")
     return path

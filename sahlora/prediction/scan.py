@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 # %% ../../nbs/prediction/scan.ipynb #4140bc5f
 from ..adapters import active_adapter, merged_copy
-from ..ct import HeadCT
+from ..ct import BRAIN_WINDOW, HeadCT
 from ..common.display import (facts_html, html_text, picture_size, plain_text,
                                     png_html)
 from ..common.hardware import choose_device, choose_precision
@@ -57,7 +57,7 @@ Window = Annotated[tuple[float, float], AfterValidator(_rising)]  # HU
 class InputSpec:
     "The slices a network was trained on: window, pixel size, and whether to resample scans to it."
 
-    window: Window = (0.0, 140.0)  # HU
+    window: Window = BRAIN_WINDOW
     pixel_mm: Length | None = None  # None: not known
     resample: bool = False
 

@@ -45,7 +45,7 @@ from ..common.files import (differences, load_tensors, output_folder, save_tenso
                                   write_json)
 from ..common.hardware import choose_device, choose_precision, machine_facts, run_facts
 from ..common.options import options
-from ..ct import HeadCT, window
+from ..ct import BRAIN_WINDOW, HeadCT, window
 from ..unet import build_network
 
 # %% ../../nbs/training/loop.ipynb #85684342
@@ -170,7 +170,7 @@ def read_batches(store: SliceStore, batches: BalancedBatches, steps: Iterable[in
 # %% ../../nbs/training/loop.ipynb #f549c401
 def hu_to_images(hu: Tensor) -> Tensor:
     "Slices (N, 1, H, W) in HU as network input: 0..140 HU as 0..1, channels last."
-    return (hu / 140).clamp(0, 1).to(memory_format=torch.channels_last)
+    return (hu / BRAIN_WINDOW[1]).clamp(0, 1).to(memory_format=torch.channels_last)
 
 # %% ../../nbs/training/loop.ipynb #49c12553
 class Trainer:
@@ -664,7 +664,7 @@ def _write_base(out: Path, cohort: Cohort, net: nn.Module, training: Mapping[str
     write_csv(out / "history.csv", history)
     write_csv(out / "epochs.csv", by_epoch(history))
     deciding = {name: value for name, value in training.items() if name != "workers"}
-    expected = {"window": [0.0, 140.0], "pixel_mm": median_pixel(cohort), "resample": False}
+    expected = {"window": list(BRAIN_WINDOW), "pixel_mm": median_pixel(cohort), "resample": False}
     save_network(out / "model.safetensors", net, patients=cohort.patients, voxels=cohort.voxels,
                  training=deciding, input=expected)
     trainable = sum(p.numel() for p in net.parameters())

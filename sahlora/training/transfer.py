@@ -34,7 +34,7 @@ from ..common.options import options, unknown_key
 from ..common.style import RunId
 from ..evaluation.scores import score_patient, surface_tolerance
 from .loop import (Checkpoint, Count, Positive, Precisions, Rate, Training, by_epoch,
-                                   dice_of_rows, load_network, make_training, norm_policy, plateau,
+                                   dice_of_rows, hu_to_images, load_network, make_training, norm_policy, plateau,
                                    predict_volume, recompute_statistics, set_training_mode,
                                    train_patients)
 from ..unet import build_network
@@ -192,7 +192,7 @@ def recompute_norms(net: nn.Module, store: SliceStore, rows: Sequence[int] | np.
     order = np.random.default_rng(seed).permutation(rows)
     parts = np.array_split(order, max(1, round(len(order) / batch_size)))
     there = next(net.parameters()).device
-    images = ((store.read(part)[0].to(there) / 140).clamp(0, 1).to(memory_format=torch.channels_last) for part in parts)
+    images = (hu_to_images(store.read(part)[0].to(there)) for part in parts)
     norms = [module for module in net.modules() if getattr(module, "running_mean", None) is not None]
     recompute_statistics(net, norms, images)
 
