@@ -1,15 +1,16 @@
-# make test | make paper [STUDY=smoke] | make plan | make lab | make docs | make setup: each does all its own set-up in .venv.
+# make test | make test-all | make paper [STUDY=smoke] | make plan | make lab | make docs | make setup: each does all its own set-up in .venv.
 PYTHON ?= python3
 STUDY ?= smoke
 CORES ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
+PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS ?= ignore::DeprecationWarning
 # Two one-thread processes do more than one with two threads, and the last bits depend on the count.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup check test test-notebooks test-notebooks-slow test-slow paper plan figures models docs lab export readme pins clean
+.PHONY: help setup check test test-all test-notebooks test-notebooks-slow test-slow paper plan figures models docs lab export readme pins clean
 
 help:  ## Show what there is to make.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-20s %s\n", $$1, $$2}'
@@ -29,8 +30,11 @@ $(READY): settings.ini constraints.txt setup.py pyproject.toml
 check: $(READY)  ## Do notebooks and exported package agree?
 	python tests/check_export.py
 
-test: check test-notebooks  ## Check the export, run the notebooks' cells, run pytest.
-	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+test: check test-notebooks  ## Check the export, run the notebooks' cells, run the tests that take seconds.
+	$(PYTEST) -m "not long and not slow"
+
+test-all: check  ## Run the tests that `make test` leaves out (tests/conftest.py), but for slow ones.
+	$(PYTEST) -m "long and not slow"
 
 test-notebooks: $(READY)  ## Run every notebook's cells, but for those marked slow.
 	nbdev-test --n-workers 2 --do-print
@@ -39,7 +43,7 @@ test-notebooks-slow: $(READY)  ## Run every notebook's cells, slow ones too.
 	nbdev-test --n-workers 2 --do-print --flags slow --cell-timeout 3600
 
 test-slow: check test-notebooks-slow  ## Everything, slow tests too.
-	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 
 paper: $(READY)  ## Run a study (STUDY=smoke), then its report.html and paper.pdf; PROFILE=paper/profiles/slurm on a cluster.
 	sahlora study run paper/studies/$(STUDY).yaml --cores $(CORES) $(if $(PROFILE),--profile $(PROFILE))

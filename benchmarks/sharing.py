@@ -24,7 +24,7 @@ from adapters import gpu, processor, shown, table, write
 from sahlora.cohorts.cohort import Cohort, make_phantom_cohort
 from sahlora.common.hardware import choose_device, choose_precision, keep_memory
 from sahlora.cohorts.slices import open_store
-from sahlora.training.transfer import Strategy, how_to_train, prepare
+from sahlora.training.transfer import Strategy, prepare
 from sahlora.training.loop import train
 from sahlora.unet import MultiViewUnet
 
@@ -42,7 +42,8 @@ def job(method: str, steps: int, folder: Path, number: int) -> dict[str, float]:
     net = MultiViewUnet(levels=2)
 
     def run(count: int) -> None:
-        how = how_to_train(Strategy(method, steps=count, batch_size=BATCH, **STRATEGIES[method]), 1e-3, 0)
+        strategy = Strategy(method, steps=count, batch_size=BATCH, **STRATEGIES[method])
+        how = strategy.training_at(1e-3, 0)
         train(net, store, np.arange(len(store)), how, quiet=True)
 
     prepare(net, Strategy(method, **STRATEGIES[method]))

@@ -33,7 +33,7 @@ from sahlora.cohorts.cohort import Cohort, make_phantom_cohort
 from sahlora.cohorts.folds import Fold
 from sahlora.common.hardware import choose_device, choose_precision, keep_memory
 from sahlora.cohorts.slices import SliceStore, open_store
-from sahlora.training.transfer import Strategy, cross_validate, how_to_train, prepare
+from sahlora.training.transfer import Strategy, cross_validate, prepare
 from sahlora.training.loop import pretrain, train
 from sahlora.unet import MultiViewUnet
 
@@ -127,7 +127,7 @@ def our_loop(store: SliceStore, strategy: Strategy, whole_graph: bool = False) -
     prepare(net, strategy)
     if whole_graph:
         net.register_forward_pre_hook(lambda module, inputs: (inputs[0].detach().requires_grad_(),))
-    how = how_to_train(strategy, 1e-3, 0)
+    how = strategy.training_at(1e-3, 0)
     return lambda: train(net, store, np.arange(len(store)), how, quiet=True)
 
 
@@ -204,7 +204,7 @@ def many(folder: Path) -> dict[str, object]:
     opened = time.perf_counter() - begin
     net = MultiViewUnet(levels=2)
     net.first.register_full_backward_hook(lambda *_: first.append(time.perf_counter() - begin))
-    train(net, store, np.arange(len(store)), how_to_train(Strategy("all", steps=50, batch_size=BATCH), 1e-3, 0), quiet=True)
+    train(net, store, np.arange(len(store)), Strategy("all", steps=50, batch_size=BATCH).training_at(1e-3, 0), quiet=True)
     return {"cases": len(set(store.cases)), "slices": len(store), "opened": opened, "first": first[0],
             "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}  # fmt: skip
 

@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,23 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT / "tests"))
 
 
+LONG = ("test_kill", "test_packaging", "test_paper", "test_report", "test_site")  # begun first, so that no worker waits for them in the end
+
+
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes minutes; left out of `make test`, run by `make test-slow`")
+    for words in ("long: takes seconds; left out of `make test`, run by `make test-all`",
+                  "many: cases that differ in a value; `make test` runs one in eight, `make test-all` the others",
+                  "slow: takes minutes, or needs a server; run by `make test-slow` alone"):
+        config.addinivalue_line("markers", words)
 
 
-LONGEST = ("test_kill", "test_paper")  # few tests that take minutes: begun first, so that no worker waits for them in the end
-
-
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by marker
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    for item in items:
+        is_left_out = item.get_closest_marker("many") and "[" in item.name and zlib.crc32(item.name.encode()) % 8
+        if item.path.stem in LONG or is_left_out:
+            item.add_marker("long")
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 @pytest.fixture(scope="session")

@@ -78,6 +78,7 @@ def alike(one, other):
 # ----- round trips
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("method", METHODS)
 def test_what_was_saved_comes_back(method, options, tmp_path):
@@ -684,6 +685,7 @@ def test_an_update_of_rank_one_is_found_exactly():
     assert compress(1e-7 * cp(parts), 1).error < 1e-6 and compress(1e7 * cp(parts).float(), 1).error < 1e-4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 def test_compressing_a_network_adds_a_cp_adapter(method, tmp_path):
     net, x = toy(), image()

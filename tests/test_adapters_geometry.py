@@ -26,7 +26,7 @@ from sahlora.adapters import METHODS as KNOWN
 from sahlora.adapters import adapt, adapted_layers, delta_weight, disabled, effective_weight, merge, remove, unmerge
 
 TOL = 1e-12
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+pytestmark = [pytest.mark.many, pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")]
 
 # name: (kind, arguments, spatial size of the input)
 LAYERS = {

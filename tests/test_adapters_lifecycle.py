@@ -916,6 +916,7 @@ def test_pickle_of_the_module(method):
     assert same_tensor(out(twin, x), y)
 
 
+@pytest.mark.long
 def test_a_pickle_opens_in_a_new_process(tmp_path, command):
     import sys
 
@@ -935,6 +936,7 @@ def test_a_pickle_opens_in_a_new_process(tmp_path, command):
     assert done.returncode == 0 and done.stdout.strip() == "fine", done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 def test_compiled_without_a_break_in_the_graph(method):
     torch._dynamo.reset()
@@ -1539,6 +1541,7 @@ def test_an_average_of_the_weights_follows_the_adapter():
     assert worst(out(mean, x), out(net, x)) > 1e-6 and not is_merged(net)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 def test_traced_and_exported(method):
     """torch.export and torch.jit.trace see a plain graph that does the same."""

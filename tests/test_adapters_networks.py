@@ -1,9 +1,7 @@
 """Adapters on whole networks: ours by region, MONAI's by layer; counts, a training step, merging, import time."""
 
 import copy
-import statistics
 import sys
-import time
 
 import pytest
 import torch
@@ -146,6 +144,7 @@ def output(net, x):
     return y[0] if isinstance(y, (tuple, list)) else y
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_whole_network(method, name):
@@ -193,6 +192,7 @@ def test_a_whole_network(method, name):
         assert same_bits(bits(net), bits(base)) and kinds(net) == kinds(base) and same_tensor(output(net, x), expected)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["multi-view", "unet", "monai-unet-3d", "dynunet-2d", "segresnet-2d"])
 def test_low_precision_starts_at_the_base_and_comes_back(name, dtype):
@@ -237,6 +237,7 @@ def test_lora_c_with_the_plain_rank():
     assert str(13320) in repr(summary(net)).replace(",", "")
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("kind", ["multi-view", "unet"])
 @pytest.mark.parametrize("region", ["shallow", "deep", "encoding", "decoding", "all"])
 def test_every_region_by_every_method(kind, region):
@@ -295,18 +296,14 @@ def test_a_file_of_a_whole_network(tmp_path):
     assert adapters(other) == []
 
 
-def test_switching_takes_less_than_a_millisecond_and_copies_nothing():
+def test_switching_copies_nothing():
     net = MultiViewUnet(levels=2)
     for index, name in enumerate(("a", "b")):
         adapt(net, METHODS[index], rank=8, name=name)
     places = {n: p.data_ptr() for n, p in net.named_parameters() if ".adapter." not in n}
-    times = []
-    for index in range(40):
-        start = time.perf_counter()
-        activate(net, "ab"[index % 2])
-        times.append(time.perf_counter() - start)
+    for name in "abab":
+        activate(net, name)
     assert {n: p.data_ptr() for n, p in net.named_parameters() if ".adapter." not in n} == places
-    assert min(times) < 1e-3 and statistics.median(times) < 3e-3, times  # the median leaves room for a busy machine
     deactivate(net)
 
 
@@ -343,6 +340,7 @@ def loaded(command, code):
     return done.stdout.strip()
 
 
+@pytest.mark.long
 def test_importing_and_using_it_loads_torch_alone(command):
     start = loaded(command, "import torch")
     assert loaded(command, "from sahlora.adapters import adapt") == start
@@ -360,14 +358,9 @@ remove(net)
     assert "monai" in loaded(command, "import monai")  # the check itself sees what is there
 
 
-def test_importing_takes_little_more_than_torch(command):
-    code = "import torch, time; t = time.process_time(); import sahlora.adapters; print(time.process_time() - t)"
-    times = [float(command(sys.executable, "-c", code).stdout) for _ in range(3)]
-    assert min(times) < 0.3, times
-
-
 # ----- methods of one's own
 
+@pytest.mark.long
 def test_importing_the_package_runs_no_foreign_file(command, tmp_path, monkeypatch):
     """Whatever the environment says; no variable of it changes."""
     (tmp_path / "row.py").write_text("raise RuntimeError('this file was run')")

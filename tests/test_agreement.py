@@ -247,6 +247,7 @@ def test_no_p_value_with_five():
 SCORE = st.one_of(st.just(math.nan), st.sampled_from([0.0, 0.5, 1.0]), st.floats(0, 1))
 
 
+@pytest.mark.long
 @given(st.lists(st.tuples(SCORE, SCORE, SCORE), max_size=12))
 @settings(max_examples=150, deadline=None)
 @pytest.mark.filterwarnings("error")

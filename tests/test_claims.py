@@ -2,6 +2,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,10 +12,11 @@ import pytest
 from sahlora.evaluation import claims as ledger
 from sahlora.common.style import RunId
 from sahlora.evaluation.statistics import compare, equivalence, paired, spearman
-from sahlora.evaluation.claims import (CLAIMS, REVISION, UNDER_REVISION, VERDICTS, Claim, Plan, Rule, claim_1, claim_2, claim_3, claim_4, claim_5, comparable,
-                            count_parameters, decide, detail, equal_parameter_pairs, equal_rank_pairs, gather,
-                            lacking_pairs, method_scores, methods_of, not_tested, one_beats_other,
-                            rank_sides, rank_trend, volume_trends, without_p)
+from sahlora.evaluation.claims import (
+    CLAIMS, REVISION, UNDER_REVISION, VERDICTS, Claim, Plan, Rule, Sides, claim_1, claim_2, claim_3,
+    claim_4, claim_5, comparable, count_parameters, decide, detail, equal_parameter_pairs,
+    equal_rank_pairs, gather, lacking_pairs, method_scores, methods_of, not_tested, one_beats_other,
+    rank_sides, rank_trend, volume_trends, without_p)
 
 PER_RANK = {"cp-lora": 615, "lora-c": 4929, "convlora": 3393}
 RANKS = (2, 8, 32)
@@ -160,7 +162,7 @@ def test_claim_3_by_hand():
     claim = claim_3(evidence, plan)
     assert (claim.verdict, claim.effect, claim.interval) == ("supported", pytest.approx(1), None)
     assert claim.p == pytest.approx(2 / 720)
-    assert [one["p_holm"] for one in volume_trends(evidence, plan)] == pytest.approx([6 / 720] * 3)
+    assert [trend.p_holm for trend in volume_trends(evidence, plan)] == pytest.approx([6 / 720] * 3)
 
 
 def test_claim_4_by_hand():
@@ -170,9 +172,9 @@ def test_claim_4_by_hand():
     claim = claim_4(evidence, plan)
     assert (claim.verdict, claim.p) == ("supported", 1 / 64) and "88 to 88 % fewer" in claim.sentence
     assert (claim.effect, *claim.interval) == pytest.approx((-0.0035, -0.005, -0.002))
-    entries = comparable(evidence, plan)
-    assert [entry["kind"] for entry in entries] == ["equal rank", "equal parameters"]
-    assert lacking_pairs(entries, evidence, plan) == []
+    pairs = comparable(evidence, plan)
+    assert [pair.kind for pair in pairs] == ["equal rank", "equal parameters"]
+    assert lacking_pairs(pairs, evidence, plan) == []
     near = plan.model_copy(update={"near": 2.0})
     assert lacking_pairs(comparable(evidence, near), evidence, near) == ["cp-lora and lora-c in decoding at equal parameters"]
     assert claim_4(evidence, near).verdict == "inconclusive"
@@ -215,10 +217,10 @@ def test_rules_by_hand():
     found = decide(paired(up, 0 * up), lower.pairs, PLAN)
     assert found == ("inconclusive", "higher on average, but significantly lower with c")
     assert [(one.p_holm, one.test.p, one.significant) for one in without_p(lower).pairs] == [(None, None, False)] * 2
-    assert detail(alone[0], kind="x") | {"interval": 0} == {
+    assert detail(alone[0]) | {"interval": 0} == {
         "name": "a", "than": "b", "n": 6, "dropped": 0, "difference": pytest.approx(0.035), "interval": 0, "p": 1 / 32,
-        "p_holm": 1 / 32, "rank_biserial": 1, "significant": True, "kind": "x"}
-    assert one_beats_other(2, scores, [("a", "b")], "a", "b", PLAN).sentence == (
+        "p_holm": 1 / 32, "rank_biserial": 1, "significant": True}
+    assert one_beats_other(2, Sides(scores, [("a", "b")], "a", "b"), PLAN).sentence == (
         "A scored higher soft Dice than b, by 0.035 (7 % of 0.500; 95 % interval 0.010 to 0.060, n = 6, p = 0.031).")
     assert not_tested(3, "a test", "no volume is known").sentence == "This study can not tell: no volume is known."
 
@@ -390,8 +392,8 @@ def test_better_than_the_margin_is_not_worse():
 
 def test_parameters_of_claim_4_are_reported():
     evidence = gather(*study(PAPER), PLAN)
-    entries = [entry for entry in comparable(evidence, PLAN) if entry["kind"] == "equal rank"]
-    assert [(entry["parameters"], entry["parameters_than"]) for entry in entries] == [(4920, 39432), (4920, 27144)]
+    pairs = [pair for pair in comparable(evidence, PLAN) if pair.kind == "equal rank"]
+    assert [(pair.parameters, pair.parameters_than) for pair in pairs] == [(4920, 39432), (4920, 27144)]
     assert "82 to 88 % fewer parameters at equal rank" in judge(*study(PAPER), PLAN)[3].sentence
 
 
@@ -429,6 +431,25 @@ def test_a_claim_of_ones_own_is_judged_with_the_others(monkeypatch):
     ledger.CLAIMS[own.number] = own
     claims = judge(table, trainable, PLAN)
     assert [claim.number for claim in claims] == [1, 2, 3, 4, 5, 6] and claims[5].n == 24
+
+
+def test_a_taken_number_of_a_claim_is_refused(monkeypatch):
+    monkeypatch.setattr(ledger, "CLAIMS", dict(CLAIMS))
+
+    def make():
+        def many(evidence, plan):
+            return Claim(6, "Patients are many.", "supported", "a count", n=len(evidence.scores))
+
+        return Rule(6, "Patients are many.", many)
+
+    first, again = make(), make()
+    ledger.register_claim(first)
+    ledger.register_claim(again)  # as when a cell is run a second time
+    assert ledger.CLAIMS[6] is again
+    for other in (replace(first, judge=claim_1), replace(first, number=1)):
+        with pytest.raises(ValueError, match=f"claim {other.number} is registered already .*choose another number"):
+            ledger.register_claim(other)
+    assert ledger.CLAIMS[6] is again and ledger.CLAIMS[1] is CLAIMS[1]
 
 
 # what can not be read

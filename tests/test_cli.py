@@ -41,6 +41,7 @@ def predict(things, run, scan, out, *more):
     return run("predict", scan, "--model", things[0] / "model.safetensors", "--out", out, "--quiet", *more)
 
 
+@pytest.mark.long
 def test_predict_one_scan_and_again(things, run, tmp_path):
     scan = things[1].folder / things[1].table.image[0]
     done = predict(things, run, scan, tmp_path / "out")
@@ -118,6 +119,7 @@ def test_a_mistake_of_ours_is_called_one(run, monkeypatch, tmp_path):
     assert done.exit_code == 1 and "KeyError" in done.stderr and "--debug" in done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["tbi", "sah"])
 def test_making_a_cohort_prints_its_volume_bins(run, tmp_path, kind):
     done = run("cohort", "make", "--kind", kind, "--cases", 3, "--grid", "32x40", "--out", tmp_path / kind)
@@ -127,6 +129,7 @@ def test_making_a_cohort_prints_its_volume_bins(run, tmp_path, kind):
     assert "no clinical claim" in done.output
 
 
+@pytest.mark.long
 def test_cohort_commands(things, run, tmp_path):
     made = run("cohort", "make", "--kind", "tbi", "--cases", 2, "--seed", 4, "--grid", "32x40", "--slices", 10,
                "--out", tmp_path / "tbi")
@@ -155,6 +158,7 @@ def test_phantoms_that_can_not_be_are_refused_before_anything_is_written(run, tm
     assert done.exit_code == 2 and words in done.stderr and not (tmp_path / "c").exists(), done.output
 
 
+@pytest.mark.long
 def test_a_cohort_is_kept_refused_or_replaced(run, tmp_path):
     make = ("cohort", "make", "--kind", "tbi", "--grid", "32x40", "--slices", "6", "--out", tmp_path / "c", "--cases")
     assert run(*make, 2).exit_code == 0
@@ -196,6 +200,7 @@ def test_cohort_import(things, run, tmp_path):
     assert none.exit_code == 2 and "bhsd" in none.stderr and not (tmp_path / "none").exists()
 
 
+@pytest.mark.long
 def test_pretrain_and_finetune(things, run, tmp_path):
     source = make_phantom_cohort(tmp_path / "source", "tbi", cases=3, seed=6, grid=(32, 40), slices=12)
     done = run("pretrain", "--cohort", source.folder, "--out", tmp_path / "base", "--steps", 3, "--batch-size", 2, "--quiet")
@@ -263,6 +268,7 @@ def test_words_of_others_do_not_steer_the_terminal(things, run, tmp_path):
     assert refused.exit_code == 2 and "x?[31m" in refused.stderr
 
 
+@pytest.mark.long
 def test_more_about_the_training(things, run, tmp_path):
     source = make_phantom_cohort(tmp_path / "source", "tbi", cases=3, seed=6, grid=(32, 40), slices=12)
     done = run("pretrain", "--cohort", source.folder, "--out", tmp_path / "base", "--steps", 3, "--batch-size", 2, "--quiet", "--threads", 1,

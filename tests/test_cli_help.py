@@ -144,6 +144,7 @@ def test_exit_codes_are_documented_and_kept(tmp_path):
         assert "Exit code 1" in re.sub(r"\s+", " ", run(*words, "--help").output), words
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
 def test_ctrl_c_ends_with_130(tmp_path):
     "In words of no line at all, and as a shell expects it."
@@ -160,6 +161,7 @@ def test_ctrl_c_ends_with_130(tmp_path):
     assert done.returncode == 130 and "Traceback" not in said
 
 
+@pytest.mark.long
 def test_no_colour_is_printed(tmp_path):
     "Neither help nor errors hold an escape sequence, in a terminal that has colours."
     for words in (["--help"], ["predict", "--help"], ["predict", "--colour"], ["cohort", "check", tmp_path / "none"]):
@@ -168,6 +170,7 @@ def test_no_colour_is_printed(tmp_path):
             assert said and ESCAPE not in said, said
 
 
+@pytest.mark.long
 def test_no_color_reaches_snakemake(tmp_path, monkeypatch):
     "Snakemake knows TERM alone: with NO_COLOR it gets one without colours, and then prints none."
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -194,6 +197,7 @@ _sahlora_completion sahlora; printf '%s\\n' "${{COMPREPLY[@]}}" """
     return done.stdout.split()
 
 
+@pytest.mark.long
 def test_completion_in_a_shell():
     assert completed("sahlora", "pre") == ["pretrain", "predict"]
     assert completed("sahlora", "cohort", "") == ["make", "import", "layouts", "check", "show", "folds"]

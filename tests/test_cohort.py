@@ -34,11 +34,13 @@ def rewrite(cohort, **columns):
     table.to_csv(cohort.folder / "cohort.csv", index=False)
 
 
+@pytest.mark.long
 def test_written_cohort_reads_back(cohort):
     again = Cohort.read(cohort.folder)
     assert again.table.equals(cohort.table) and len(list(again)) == 2 and tuple(again.table) == COLUMNS
 
 
+@pytest.mark.long
 def test_a_table_without_hashes_is_enough(cohort):
     "The columns a user writes by hand: the rest is computed when it is needed."
     hashes = cohort.voxels
@@ -403,6 +405,7 @@ def spoil(cohort, kind):
     return write_cohort(cohort.folder.parent / "spoiled", cases), words
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["too few patients", "no blood", "blood of one patient", "two sizes"])
 def test_what_training_will_refuse_is_told(cohort, tmp_path, kind):
     from sahlora.cohorts.folds import folds_for
@@ -513,6 +516,7 @@ def stamps(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.long
 def test_the_same_phantoms_are_kept_and_others_refused(tmp_path, capsys, monkeypatch):
     made = small(tmp_path / "c")
     assert {path.name for path in (tmp_path / "c").iterdir()} == {"images", "labels", "cohort.csv", "record.json"}
@@ -528,6 +532,7 @@ def test_the_same_phantoms_are_kept_and_others_refused(tmp_path, capsys, monkeyp
     assert stamps(tmp_path / "c") == before
 
 
+@pytest.mark.long
 def test_overwriting_touches_what_the_record_lists_alone(tmp_path):
     small(tmp_path / "c")
     for name in ("images/mine.nii.gz", "labels/notes.txt", "folds.json", "cache/x/images.u8"):
@@ -575,6 +580,7 @@ def writer(folder, cases, seconds=0.0, workers=1):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_a_killed_call_had_made_is_kept(tmp_path, workers):
     killed = writer(tmp_path / "c", 3, 0.5, workers)
@@ -597,6 +603,7 @@ def test_what_a_killed_call_had_made_is_kept(tmp_path, workers):
     assert not (tmp_path / "c/made").exists()
 
 
+@pytest.mark.long
 def test_two_writers_of_one_cohort_come_one_after_the_other(tmp_path):
     same = [writer(tmp_path / "c", 2, 0.2) for _ in range(2)]
     said = [one.communicate()[0] for one in same]

@@ -23,6 +23,7 @@ def leaves(content, name=""):
     return [leaf for key, value in items for leaf in leaves(value, f"{name}.{key}")]
 
 
+@pytest.mark.long
 def test_the_study_file_is_the_one_that_was_run(project, committed):
     later = {"extensions": []}  # a key that came after the run has its default
     assert study.read_study(project / "paper/studies/demo.yaml").model_dump(mode="json") == {**later, **committed["study"]}
@@ -30,6 +31,7 @@ def test_the_study_file_is_the_one_that_was_run(project, committed):
     assert set(committed["provenance"]["commit"]) <= set("0123456789abcdef")  # of code without changes
 
 
+@pytest.mark.long
 def test_conclusions_follow_from_the_patients(project, committed):
     again = results._plain(results.conclude(study.read_study(project / "paper/studies/demo.yaml"), committed))
     numbers, kept = (dict(leaves(json.loads(json.dumps(one)))) for one in (again, {key: committed[key] for key in again}))
@@ -59,6 +61,7 @@ def test_what_it_cost_is_told_run_by_run(project, committed):
     assert not any(facts.get("resumed") for facts in cost.values())
 
 
+@pytest.mark.long
 def test_figures_and_paper_come_out_of_the_numbers_byte_by_byte(project, tmp_path):
     report.draw_figures(project / "paper/results", tmp_path / "figures")
     report.render_pdf(project / "paper/results/results.json", tmp_path / "paper.pdf", figures=tmp_path / "figures")

@@ -10,7 +10,7 @@ import pytest
 
 from sahlora.ct import HeadCT, read_ct, read_nifti, write_like, write_nifti
 from sahlora.ct.core import (angle_degrees, even_stacks, find_gaps, from_lps, is_hidden, owned_mm,
-                             slice_normal, some_of, to_lps, visible)
+                             slice_normal, to_lps, visible)
 from sahlora.common.files import plain_words
 
 SHAPE = (40, 44, 9)
@@ -108,6 +108,7 @@ def test_nifti2_big_endian_and_missing_suffix(tmp_path):
 CODES = [*(((q, s), 0.0) for q, s in ((1, 0), (0, 1), (2, 1), (4, 4))), *(((q, s), 18.5) for q, s in ((0, 1), (2, 1), (4, 4)))]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("codes, tilt", CODES)  # a qform alone holds no shear
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
 def test_round_trip_in_all_48_orders(tmp_path, codes, tilt, suffix):
@@ -401,4 +402,3 @@ def test_what_is_visible_is_sorted_and_a_folder_that_is_not_there_is_an_error(tm
     assert visible(tmp_path) == [tmp_path / "a", tmp_path / "b"]
     with pytest.raises(FileNotFoundError):
         visible(tmp_path / "gone")
-    assert some_of("abc", 2) == "a, b and 1 more" and some_of("abc") == "a, b, c"

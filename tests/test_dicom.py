@@ -334,6 +334,7 @@ def test_compression_that_can_not_be_read_is_named(tmp_path, syntax, name):
     refused(tmp_path, "2-01.dcm", name, "can not be read here", "pip install", "uncompressed")
 
 
+@pytest.mark.long
 def test_random_damage_is_read_or_refused(tmp_path):
     rng = np.random.default_rng(0)
     paths = write_series(tmp_path / "scan")
@@ -425,6 +426,7 @@ def test_the_axial_soft_tissue_series_is_chosen_and_the_others_are_listed(export
     assert [series.number for series in list_series(export) if series.problem] == [1, 6, 7, 8]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("wanted, seed", [("2", 2), (3, 3), ("1.2.826.0.3.777774", 4), ("777775", 5), ("10", 7)])
 def test_a_series_can_be_named(export, wanted, seed):
     ct = read_dicom(export, series=wanted)
@@ -749,6 +751,7 @@ def test_a_tilted_scan_in_two_stacks_has_the_same_millilitres(tmp_path):
     assert abs(ml[18.5] / ml[0] - 1) < 0.01 and abs(ml[18.5] / known - 1) < 0.01
 
 
+@pytest.mark.long
 def test_the_real_head(real_data, tmp_path):
     folder = real_data / "ge-head-ct"
     if not folder.is_dir():

@@ -63,6 +63,7 @@ def rendered(markdown):
     return html.unescape(re.sub("<[^>]+>", "", page)), re.findall(r"<(\w+)", page)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("text", OUTSIDE, ids=range(len(OUTSIDE)))
 def test_words_from_outside_stay_text(text):
     "In a paragraph, a quotation, a list, a heading and a table of Markdown, and in HTML."
@@ -90,6 +91,7 @@ def test_a_long_name_keeps_its_ends():
     assert display.plain_text("a" * 100 + "b" * 100, 11) == "aaaaa…bbbbb" and display.plain_text("abc", 3) == "abc"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("text", ["$x_{$", "two\nlines", "<b>x</b>", "x" * 500])
 def test_the_viewer_takes_names_from_outside(head, phantom, text):
     looked = view(head, {text: phantom.blood}, static=True, title=text)
@@ -143,12 +145,14 @@ def test_head_ct(head):
     assert len(big._repr_html_()) < 80_000
 
 
+@pytest.mark.long
 def test_cohort(cohort):
     html = cohort._repr_html_()
     assert len(pictures(html)) == 2 and all(name in html for name in cohort.patients) and len(html) < 200_000
     assert "median" in html and repr(cohort) == "Cohort(2 scans of 2 patients in mine)"
 
 
+@pytest.mark.long
 def test_cohort_of_hundreds_stays_small(cohort):
     row = cohort.table.iloc[:1]
     many = Cohort(cohort.folder, pd.concat([row.assign(case=f"c{i}", patient=f"p{i}") for i in range(300)], ignore_index=True))
@@ -190,6 +194,7 @@ STUDIES = [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.ste
            for path in sorted(project_path("paper/studies").glob("*.yaml"))]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", STUDIES)
 def test_study(path, monkeypatch):
     monkeypatch.delenv("SAHLORA_OWN_DATA", raising=False)
@@ -204,8 +209,8 @@ def test_study(path, monkeypatch):
 def test_summary_of_many_layers_stays_short():
     made = adapt(MultiViewUnet(levels=2), "cp-lora", rank=2, batchnorm="train")
     text = made._repr_markdown_()
-    assert f"and {len(made.rows) - 23} more" in text and text.count("\n|") == 27 and f"{made.parameters:,} parameters" in text
-    assert repr(made).count("\n") == len(made.rows) + 2, "plain text lists them all"
+    assert f"and {len(made.rows) - 23} more" in text and text.count("\n|") == 27 and f"{made.parameters:,} of" in text
+    assert repr(made).count("\n") == len(made.rows) + 3, "plain text lists them all"
 
 
 def test_viewer_draws_each_mask_in_its_colour(head, phantom):

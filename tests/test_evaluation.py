@@ -1,8 +1,8 @@
 """Scores against MONAI, against brute force in millimetres, and at the edges where scores do not exist."""
 import io
 import math
-import time
 import warnings
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from sahlora.ct import HeadCT
+from sahlora.evaluation import scores
 from sahlora.evaluation.scores import (BINS, METRICS, MIN_LESION_ML, VOLUMES, Metric, bounding_box, by_bin, dice, empty_side, f1,
                                 find_lesions, hausdorff, lesion_counts, place_mm, score_patient, slice_counts,
-                                summarize, surface, surface_dice, surface_distances, surface_heading,
+                                register_metric, summarize, surface, surface_dice, surface_distances, surface_heading,
                                 surface_tolerance, volume_bin, voxel_edges)
 
 UNDEFINED = ("dice_soft", "dice_hard", "nsd", "hd95_mm", "lesion_f1", "slice_sensitivity")
@@ -494,6 +495,28 @@ def test_a_metric_of_ones_own_is_scored_after_the_others(monkeypatch):
     assert list(score_patient(1.0 * a, b))[-2:] == ["empty", "recall"] and score_patient(1.0 * b, b)["recall"] == 1
 
 
+def test_a_taken_name_of_a_metric_is_refused(monkeypatch):
+    monkeypatch.setattr("sahlora.evaluation.scores.METRICS", dict(METRICS))
+
+    def make():
+        def recall(one):
+            return float(one.hard[one.t].mean())
+
+        return Metric("recall", "", "higher", "share found", recall)
+
+    def precision(one):
+        return float(one.t[one.hard].mean())
+
+    first, again = make(), make()
+    register_metric(first)
+    register_metric(again)  # as when a cell is run a second time
+    assert scores.METRICS["recall"] is again
+    for other in (replace(first, value=precision), replace(first, name="nsd")):
+        with pytest.raises(ValueError, match=f"metric '{other.name}' is registered already, .*choose another name"):
+            register_metric(other)
+    assert scores.METRICS["recall"] is again and scores.METRICS["nsd"] is METRICS["nsd"]
+
+
 def test_a_single_slice_has_distances_and_no_volume():
     a, b = masks((12, 12, 1), 0)
     scores = score_patient(1.0 * a, b, scan((12, 12, 1), (1, 1, 5)))
@@ -638,28 +661,3 @@ def test_summarize_keeps_its_result():
     assert summarize(pd.Series([1.0, 2.0, 4.0, np.nan])) == {
         "n": 3, "missing": 1, "mean": pytest.approx(7 / 3), "sd": pytest.approx(1.5275252316519468), "median": 2.0}
     assert summarize(pd.Series([np.nan])) == {"n": 0, "missing": 1, "mean": None, "sd": None, "median": None}
-
-
-# Speed
-
-
-def timed(shape, mm, repeats) -> float:
-    "Best of some runs, in seconds, on two ellipsoids that overlap."
-    x = np.meshgrid(*(np.linspace(-1, 1, n, dtype=np.float32) for n in shape), indexing="ij", sparse=True)
-    near = sum((v / r) ** 2 for v, r in zip(x, (0.25, 0.2, 0.4)))
-    t, p = near < 1, (1 / (1 + np.exp(np.minimum(4 * (np.roll(near, shape[0] // 60, 0) - 1), 20)))).astype(np.float32)
-    ct, seconds = scan(shape, mm), []
-    score_patient(p, t, ct)  # MONAI is imported once
-    for _ in range(repeats):
-        start = time.perf_counter()
-        score_patient(p, t, ct)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
-def test_a_large_volume_takes_seconds_at_most():
-    assert timed((512, 512, 40), (0.45, 0.45, 4.0), 2) < 4  # 0.5 s on one core; room for a busy machine
-
-
-def test_a_small_volume_takes_milliseconds():
-    assert timed((64, 80, 28), (2.5, 2.5, 5.0), 10) < 0.15  # 0.03 s on one core; room for a busy machine

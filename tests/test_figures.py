@@ -18,7 +18,7 @@ from sahlora.common.display import plain_text
 from sahlora.report.figures import (amounts, dice_by_parameters, dice_by_strategy, dice_by_volume,
                                     ledger, study_overview, volume_agreement)
 from sahlora.report.pictures import best_median_worst, cohort_sheet, learning_curves, overlays
-from sahlora.common.style import COLUMN, NOTE, PAGE, RunId, family, label, look, nothing, read_run, run_record, save_figure
+from sahlora.common.style import COLUMN, NOTE, PAGE, RunId, family, label, style_of, empty_figure, read_run, run_record, save_figure
 from sahlora.prediction.scan import overlay_sheet
 
 METHODS = ("lora-c", "convlora", "cp-lora", "dora-c", "convdora", "cp-dora")
@@ -177,6 +177,7 @@ def bytes_of(fig, folder, name):
     return path.read_bytes(), path.with_suffix(".png").read_bytes()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", DRAWN)
 @pytest.mark.parametrize("one", [SMALL, LARGE], ids=["small", "large"])
 def test_drawn_whole_with_its_note_and_twice_the_same(one, name, tmp_path):
@@ -201,6 +202,7 @@ def test_png_has_two_hundred_dots_per_inch_of_the_figure_s_width(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone.png", "dice.png", "dice.svg"]
 
 
+@pytest.mark.long
 def test_figures_follow_the_numbers(tmp_path):
     "The same call with other numbers is another file."
     other = LARGE.patients.assign(dice_soft=LARGE.patients.dice_soft * 0.9)
@@ -315,6 +317,7 @@ def test_a_verdict_under_revision_has_its_reason_in_the_figure():
 OUTSIDE = ("$x_{$", "<script>alert(1)</script>", "a|b", "two\nlines", "\u202etxt\x07", "x" * 500, "\\frac{$1$", "-->")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_names_from_outside_are_drawn_as_text(name, tmp_path):
     "A dollar sign starts a formula in matplotlib, and a name of 500 letters would push the pictures out."
@@ -341,6 +344,7 @@ def test_agreement_means_over_seeds():
     assert {"+1.0", "-9.0", "+11.0"} <= {text.get_text() for text in fig.axes[3].texts}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["dice", "bins", "parameters", "volumes", "amounts", "overview", "curves"])
 def test_one_patient(name):
     check_whole(DRAWN[name](invent(FEW, patients=1, seeds=1), True))
@@ -371,6 +375,7 @@ def test_nothing_to_draw_is_said(fig, tmp_path):
     assert bytes_of(fig, tmp_path, "a")[0]
 
 
+@pytest.mark.long
 def test_no_adapters_and_adapters_alone():
     for names in (MANY[:8], MANY[-3:], (RunId("cp-lora", 8, "all"), RunId("my-own", 4, "decoding"), NONE)):
         one = invent(names, patients=7)
@@ -389,6 +394,7 @@ def test_a_loss_that_is_not_a_number_leaves_a_gap():
     check_whole(learning_curves({"scratch": history, "none": history.assign(loss=np.nan)}))
 
 
+@pytest.mark.long
 def test_one_fit_per_run_and_fold_in_curves():
     fig = learning_curves({ADAPTER: LARGE.histories[NONE]})
     assert len(fig.axes) == 1 and len(fig.axes[0].lines) == 6
@@ -396,6 +402,7 @@ def test_one_fit_per_run_and_fold_in_curves():
     assert len(many.axes) == 28 and [len(ax.lines) for ax in many.axes] == [1] * 27 + [0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("columns, rows", [(1, 1), (3, 3), (7, 3)])
 def test_overlays_fit_the_page(columns, rows):
     fig = overlays(pictures(MANY[:columns], rows), titles={"asah-0000-s202": "asah-0000-s202 (fit)"})
@@ -433,8 +440,8 @@ def test_names_and_labels(run, name, words):
 
 def test_labels_of_a_study_differ_and_colours_are_a_family_s():
     assert len({run.label for run in MANY}) == 26 and label("anything at all") == "anything at all"
-    assert look("cp-dora")["color"] == look(RunId("cp-lora", 8, "all"))["color"] != look("lora-c")["color"]
-    assert len({(one["color"], one["marker"], one["markerfacecolor"]) for one in map(look, METHODS)}) == 6
+    assert style_of("cp-dora")["color"] == style_of(RunId("cp-lora", 8, "all"))["color"] != style_of("lora-c")["color"]
+    assert len({(one["color"], one["marker"], one["markerfacecolor"]) for one in map(style_of, METHODS)}) == 6
 
 
 def test_only_plain_runs_of_the_main_network_are_compared():
@@ -448,4 +455,4 @@ def test_best_median_worst_of_ties_is_by_name():
 
 
 def test_what_is_not_there_is_written_within_its_figure():
-    check_whole(nothing("every run was trained on all training patients", True))
+    check_whole(empty_figure("every run was trained on all training patients", True))

@@ -230,6 +230,7 @@ def test_only_the_blood_that_was_asked_for(tmp_path):
     assert "empty mask: no blood (ID_0a1_ID_9b, ID_0a2_ID_9c)" in str(report) and "blood is EDH" in str(report)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("site", "kept"), [(None, "phantom"), ("ward 3", "ward 3")])
 def test_a_phantom_imported_again_stays_one(tmp_path, site, kept):
     cohort = make_phantom_cohort(tmp_path / "phantoms", "asah", cases=2, seed=5, grid=(32, 40), slices=12)
@@ -241,6 +242,7 @@ def test_a_phantom_imported_again_stays_one(tmp_path, site, kept):
     assert set(import_cohort("pairs", cohort.folder, tmp_path / "again").cohort.table.site) == {"pairs"}
 
 
+@pytest.mark.long
 def test_two_scans_of_a_patient_stay_together_when_imported_again(tmp_path):
     cohort = make_phantom_cohort(tmp_path / "one", "asah", 3, seed=4, grid=(32, 40), slices=6)
     table = cohort.table.assign(patient=["ann", "ben", "ann"])

@@ -271,6 +271,7 @@ def finetune(made, out, method="cp-lora", **options):
     return cross_validate(made[0], target, Strategy(method, rank=2, steps=2, batch_size=2), kfold(target.patients), out, "test", quiet=True, **options)
 
 
+@pytest.mark.long
 def test_pretraining_twice_trains_once(made, tmp_path, monkeypatch, capsys):
     _, source, _ = made
     first = pretrain(source, tmp_path / "base", NETWORK, TRAINING, quiet=True)
@@ -322,6 +323,7 @@ def test_a_run_json_of_another_run_is_not_read(made, tmp_path):
         load_run(tmp_path / "one")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["patients.csv", "history.csv", "examples.safetensors"])
 def test_a_run_whose_files_were_exchanged_is_not_read(made, tmp_path, name):
     finetune(made, tmp_path / "one")

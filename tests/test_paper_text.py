@@ -46,6 +46,7 @@ def test_no_result_is_typed(sources):
     assert {name: typed(source) for name, source in sources.items()} == {"paper.typ": [], "results.typ": []}
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("line", [
     "The mean was 0.634.", "It trained 4,920 parameters.", "We tested 12 patients.", "We tested twelve patients in all.",
     "There were two\nseeds.", "Scores rose by 12 %.", "Scores rose by 12%.", "The mean was $0.634$.", "It held $30$ patients.",
@@ -178,10 +179,18 @@ def elsewhere():
     return found | {key: [] for key in ("summaries", "seeds", "bins", "volumes", "claims")} | {"networks": rows}
 
 
+def own():
+    "A network with a region of its own, and a metric that the claims are about, both registered by a file of the study."
+    runs = [{**a_run(method, region, mean=mean), "test_recall": scores(mean + 0.1234)}
+            for method, region, mean in (("none", "", 0.4111), ("fine-tuning", "back", 0.5222))]
+    found = whole(runs, scores={"dice_soft": "soft Dice", "recall": "recall of *voxels*"})
+    return found | {"study": study(network={"name": "tiny-net"}), "plan": found["plan"] | {"score": "recall"}}
+
+
 STUDIES = {  # results and the figures that they call for beside those that every study has
     "small": (small, {"bins", "volumes", "ledger"}), "large": (large, {"bins", "volumes", "ledger", "parameters", "amounts"}),
     "broken": (broken, {"bins", "volumes", "ledger", "parameters"}), "fit only": (fit_only, set()), "bare": (bare, set()),
-    "elsewhere": (elsewhere, set()),
+    "elsewhere": (elsewhere, set()), "own": (own, {"bins", "volumes"}),
 }  # fmt: skip
 
 # ---- the document
@@ -307,9 +316,16 @@ def test_surface_dice_stands_with_its_tolerance_or_not_at_all(paper):
     assert "within 5 and 7.25 mm of the other" in paper(results, STUDIES["small"][1]).text
 
 
+def test_a_network_and_a_metric_of_ones_own_are_called_by_their_names(paper):
+    text = paper(own(), STUDIES["own"][1]).text
+    assert "The network of this study, tiny-net, reads" in text and "here: back." in text and "Unet [" not in text
+    assert "the score (recall of *voxels*)" in text and "0.646" in text and "shallow" not in text
+
+
 OUTSIDE = ("#panic()", "$x_{$", "*a* _b_ `c`", "@nobody2020", "<ledger>", '"quotes" \\ #"', "[a](http://x) // b", "= 1", "</script>", "\n\n= A heading")
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("words", OUTSIDE)
 def test_words_from_outside_stay_text(paper, words):
     "Titles, notes, errors, notes of runs and names come from files of others."

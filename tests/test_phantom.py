@@ -45,6 +45,7 @@ def built() -> list[Built]:
 # the same patient, always
 
 
+@pytest.mark.long
 def test_same_bits_in_any_order(built) -> None:
     for index in (3, 0):
         for head, case in built:
@@ -54,6 +55,7 @@ def test_same_bits_in_any_order(built) -> None:
                 assert again.affine.tobytes() == case.affine.tobytes() and again.info == case.info
 
 
+@pytest.mark.long
 def test_same_bits_in_another_process_with_more_threads(built) -> None:
     case = built[7][1]
     code = ("import hashlib; from sahlora.phantom import make_case;"
@@ -69,6 +71,7 @@ def bits(kind: str, index: int) -> str:
     return hashlib.sha256(case.hu.tobytes() + case.blood.tobytes()).hexdigest()
 
 
+@pytest.mark.long
 def test_same_bits_in_parallel(built) -> None:
     asked = [built[k][1] for k in (1, 6, 8)]
     with ProcessPoolExecutor(2) as pool:
@@ -76,6 +79,7 @@ def test_same_bits_in_parallel(built) -> None:
     assert there == [hashlib.sha256(c.hu.tobytes() + c.blood.tobytes()).hexdigest() for c in asked]
 
 
+@pytest.mark.long
 def test_cases_differ(built) -> None:
     seen = {case.hu.tobytes() for _, case in built}
     assert len(seen) == len(built)
@@ -114,6 +118,7 @@ def volumes(head: phantom.Head, grids) -> list[float]:
     return [(phantom.blood_share(head, g) >= 0.5).sum() * 160 * 200 / g[0] / g[1] * 5 / 1000 for g in grids]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("grid", [(128, 160), (256, 256), (100, 126)])
 def test_volume_does_not_depend_on_the_grid(built, grid: tuple[int, int]) -> None:
     for head, case in built:
@@ -162,6 +167,7 @@ def test_affine_axes_and_voxels(built) -> None:
     assert min(tilts) == 0 and 5 <= max(tilts) <= 20
 
 
+@pytest.mark.long
 def test_field_centre_stays_for_any_grid_and_slices() -> None:
     for grid, slices in (((64, 80), 28), ((128, 160), 28), ((64, 80), 27), ((64, 80), 10)):
         affine = phantom.make_case("tbi", SEED, 1, grid, slices, tilt=12).affine
@@ -170,12 +176,14 @@ def test_field_centre_stays_for_any_grid_and_slices() -> None:
         assert np.allclose((affine @ middle)[:3], 0, atol=1e-9)
 
 
+@pytest.mark.long
 def test_fewer_slices_are_the_middle_ones() -> None:
     full, part = (phantom.make_case("asah", SEED, 2, slices=n) for n in (28, 12))
     assert np.array_equal(part.hu, full.hu[..., 8:20]) and np.array_equal(part.blood, full.blood[..., 8:20])
     assert np.allclose(part.affine @ [3, 4, 0, 1], full.affine @ [3, 4, 8, 1])
 
 
+@pytest.mark.long
 def test_tilt_shears_and_keeps_the_volume() -> None:
     flat, tilted = (phantom.make_case("asah", SEED, 4, tilt=t) for t in (0.0, 18.0))
     assert abs(np.linalg.det(flat.affine)) == pytest.approx(abs(np.linalg.det(tilted.affine)))
@@ -474,6 +482,7 @@ def test_thirty_cases_of_each_kind() -> None:
 # what was asked for
 
 
+@pytest.mark.long
 def test_side_of_a_lesion_is_the_side_in_the_volume() -> None:
     tried = 0
     for index in range(40):

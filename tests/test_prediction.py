@@ -158,7 +158,7 @@ def test_adapters_are_merged_and_the_callers_network_is_left_alone(ct):
     with torch.no_grad():
         images = torch.from_numpy(np.clip(ct.slices() / 140, 0, 1))[:, None]
         expected = net.eval()(pad_to_multiple(images, 4)).sigmoid()[:, 0].permute(2, 1, 0).numpy()
-    assert np.abs(found - expected).max() < 1e-5 < 1e-3 < np.abs(found - base).max()
+    assert np.abs(found - expected).max() < 1e-4 < 1e-3 < np.abs(found - base).max()
 
 
 def test_folding_norms_changes_the_network_not_its_answer():
@@ -329,6 +329,7 @@ print(found.batch, found.notes)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux to limit a process's memory")
 def test_a_process_that_really_runs_short_goes_on_with_a_smaller_batch():
     "How much is short depends on the machine's allocator, so several limits are tried; too little for a slice is said in words."
@@ -769,6 +770,7 @@ predict_cases(*sys.argv[1:4], progress=False)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 def test_killed_in_the_middle_of_writing(scans, model, tmp_path):
     out = tmp_path / "out"
@@ -861,6 +863,7 @@ def test_the_mask_comes_back_in_all_48_storage_orders(net, tmp_path, phantom):
         assert np.array_equal(back, reference) and 0 < back.mean() < 1
 
 
+@pytest.mark.long
 def test_a_real_tilted_scan_of_two_stacks(real_data, model, tmp_path):
     "GE, tilted by 18.5 degrees, 14 slices 4 mm and 14 slices 7 mm apart: a NIfTI per stack, and a SEG of the series."
     result = run(real_data / "ge-head-ct", model, tmp_path / "out", dicom_seg=True)
@@ -941,6 +944,7 @@ def agrees(out, names):
     assert sum(record["counts"].values()) <= len(names) and record["table"] == hashlib.sha256((out / "cases.csv").read_bytes()).hexdigest()
 
 
+@pytest.mark.long
 def test_two_runs_into_one_folder_lose_nothing(scans, model, tmp_path):
     "Other scans, other scans again, and the same scans, all at the same time."
     for name, folder in (("one", "a"), ("two", "b"), ("three", "b")):
@@ -996,6 +1000,7 @@ def test_a_scan_alone_does_not_take_anothers_name(patients, model, tmp_path):
     agrees(tmp_path / "out", ["S2010", "S2010_2"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("move", ["rename", "link", "relative"])
 def test_scans_that_are_moved_or_named_otherwise_are_the_same_cases(patients, model, tmp_path, monkeypatch, move):
     out, scans = tmp_path / "out", tmp_path / "scans"
@@ -1101,6 +1106,7 @@ def test_a_seg_without_its_library_is_refused_before_the_inference(scans, model,
 # --- a full disk -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("code,words", [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "quota is used up"), (errno.EROFS, "read-only")])
 @pytest.mark.parametrize("writer", ["write_like", "save_figure", "write_json"])
 def test_a_full_disk_stops_the_run_and_says_what_is_needed(scans, model, tmp_path, monkeypatch, code, words, writer):
@@ -1133,6 +1139,7 @@ print(result.done, result.skipped, result.failed)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a limit on the size of files")
 def test_a_file_that_may_not_grow_fails_its_own_case(scans, model, tmp_path):
     "A limit on the size of one file says nothing of the next case; really written, not pretended."
@@ -1164,6 +1171,7 @@ def test_overwrite_keeps_what_the_same_call_has_done(scans, model, tmp_path, pha
         "two/mask.nii.gz", "two/overlay.png", "two/case.json"}
 
 
+@pytest.mark.long
 def test_a_users_files_stay_when_a_case_is_made_again(scans, model, tmp_path):
     out = tmp_path / "out"
     run(scans, model, out, save_probabilities=True)
@@ -1180,6 +1188,7 @@ def test_a_users_files_stay_when_a_case_is_made_again(scans, model, tmp_path):
     assert (out / "two/probabilities.nii.gz").stat().st_size == 0 and (out / "two/mask.nii.gz").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["one/mask.nii.gz", "one/overlay.png", "cases.csv"])
 def test_a_file_that_was_edited_is_not_overwritten_in_silence(scans, model, tmp_path, name):
     out = tmp_path / "out"
@@ -1218,6 +1227,7 @@ predict_cases(*sys.argv[1:4], progress=False, threshold=0.3, overwrite=True)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_killed_while_a_case_is_replaced(scans, model, tmp_path, count):
@@ -1339,6 +1349,7 @@ predict_cases(*sys.argv[1:4], progress=False)
 """
 
 
+@pytest.mark.long
 def test_versions_that_are_not_known_do_not_stop_a_run(scans, model, tmp_path):
     done = subprocess.run([sys.executable, "-c", NO_METADATA, scans / "one.nii.gz", model, tmp_path / "out"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

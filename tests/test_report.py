@@ -18,6 +18,7 @@ from sahlora.report import results
 from sahlora.cohorts.cohort import Cohort, make_phantom_cohort
 from sahlora.common.display import plain_text
 from sahlora.common.files import file_hash
+from sahlora.evaluation.scores import METRICS, Metric
 from sahlora.cohorts.folds import kfold
 from sahlora.study.experiment import make_cohort
 from sahlora.study.schema import Study, expand_runs, network_of, read_study, strategy_of
@@ -78,6 +79,7 @@ def rewrite(folder, change):
 
 # ---- the schema, and numbers checked by hand
 
+@pytest.mark.long
 def test_comparisons_with_the_named_references_are_those_of_scipy_and_statsmodels(collected):
     from scipy import stats
     from statsmodels.stats.multitest import multipletests
@@ -101,7 +103,8 @@ def test_comparisons_with_the_named_references_are_those_of_scipy_and_statsmodel
 
 def test_the_schema_is_the_one_that_paper_and_figures_read(collected):
     assert set(collected) == {"study", "plan", "cohorts", "patients", "pretrain", "runs", "summaries", "claims", "seeds", "bins", "volumes",
-                              "comparisons", "power", "amounts", "networks", "published", "provenance", "failed", "missing", "shown"}
+                              "comparisons", "power", "amounts", "networks", "published", "provenance", "failed", "missing", "shown",
+                              "scores"}
     names = ["none", "none", "fine-tuning-decoding", "fine-tuning-decoding", "cp-lora-r2-decoding", "cp-lora-r8-decoding",
              "cp-lora-r2-decoding", "cp-lora-r8-decoding", "cp-lora-r8-decoding-n2", "unet-none"]
     assert [run["name"] for run in collected["runs"]] == names
@@ -173,6 +176,17 @@ def test_agreement_by_hand():
     assert row["loa_low"] == pytest.approx(1 - 1.96 * sd) and row["loa_high"] == pytest.approx(1 + 1.96 * sd)
     assert row["loa_low_low"] < row["loa_low"] < row["loa_low_high"] < row["loa_high_low"] < row["loa_high"] < row["loa_high_high"]
     assert row["bias_low"] < 1 < row["bias_high"] and 0.9 < row["ccc"] <= 1 and 0.9 < row["icc"] <= 1 and row["slope_p"] is None
+
+
+def test_a_metric_of_ones_own_reaches_tables_comparisons_and_claims(study, copied, collected, monkeypatch):
+    monkeypatch.setitem(METRICS, "recall", Metric("recall", "", "higher", "recall of voxels", lambda one: 0.0))
+    rewrite(copied, lambda table: table.assign(recall=table.dice_soft / 2))
+    found = results.collect(with_rows(study, claims={"score": "recall"}), copied)[0]
+    assert found["scores"]["recall"] == "recall of voxels" and "recall of voxels" in results.score_table(found)
+    assert [row["recall"] for row in found["patients"]] == pytest.approx([row["dice_soft"] / 2 for row in collected["patients"]])
+    for mine, theirs in zip(found["comparisons"], collected["comparisons"], strict=True):
+        assert [row["difference"] for row in mine["rows"]] == pytest.approx([row["difference"] / 2 for row in theirs["rows"]], abs=1e-8)
+    assert found["claims"][0]["effect"] == pytest.approx(collected["claims"][0]["effect"] / 2, abs=1e-8)
 
 
 def test_losses_are_thinned_to_blocks():
@@ -319,6 +333,25 @@ def test_every_table_is_text_without_gaps_in_words(collected):
     assert results.rank_table(collected).columns.tolist() == ["method", "rank 2", "rank 8"]
     assert results.region_table(collected).strategy.str.replace(" †", "").tolist() == ["No fine-tuning", "Fine-tuning, decoding"]
     assert "another cohort" in " ".join(results.published_table(collected).columns)
+
+
+def test_a_published_number_stands_beside_its_strategy_its_bin_or_its_claim():
+    row = {"what": "one", "strategy": "none", "mean": 0.41, "sd": 0.26, "source": "the paper"}
+    found = {"summaries": [{"strategy": "none", "mean": 0.31, "sd": 0.1}],
+             "bins": [{"strategy": "none", "bin": "<25", "mean": 0.21, "sd": None}],
+             "claims": [{"number": 2, "verdict": "under revision"}],
+             "published": [row, {**row, "bin": "<25"}, {**row, "bin": ">100"}, {**row, "strategy": "scratch"},
+                           {"what": "two", "claim": 2, "value": "higher", "source": "x"}, {"what": "three", "claim": 3, "value": "y", "source": "x"}]}
+    table = results.published_table(found)
+    assert table.here.tolist() == ["0.310 ± 0.100", "0.210", "–", "–", "claim 2: under revision", "claim 3: not tested"]
+    assert table["published, another cohort"].tolist() == ["0.410 ± 0.260"] * 4 + ["higher", "y"]
+
+
+def test_a_collapsed_fold_is_a_dagger_and_no_summary_a_dash():
+    runs = [{"id": f"cp-lora-r{rank}-decoding", "name": f"cp-lora-r{rank}-decoding", "method": "cp-lora", "region": "decoding", "rank": rank,
+             "flags": ["fold 0: the loss stayed where it began"] * (rank == 8)} for rank in (8, 2)]
+    found = {"runs": runs, "summaries": [{"strategy": "cp-lora-r2-decoding", "mean": 0.5, "low": 0.4, "high": 0.6}]}
+    assert results.rank_table(found).to_dict("records") == [{"method": "CP-LoRA", "rank 2": "0.500 (0.400 to 0.600)", "rank 8": "– †"}]
 
 
 def test_surface_dice_stands_with_its_tolerance_or_not_at_all(collected):

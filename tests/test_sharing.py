@@ -94,6 +94,7 @@ def patient():
     return HeadCT(np.round(case.hu).astype(np.float32), case.affine), case.blood
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["none", *METHODS])
 def test_shipped_scores_are_what_the_weights_give(method, patient):
     "The committed table holds the score that is computed here again."
@@ -163,6 +164,7 @@ def tiny(tmp_path_factory):
 MADE = ["README.md", "cp-lora.safetensors", "patients.csv", "phantom.safetensors", "record.json"]
 
 
+@pytest.mark.long
 def test_models_are_made_again_from_a_recipe(tiny):
     assert sorted(path.name for path in (tiny / "out").iterdir()) == MADE
     before = {path.name: file_hash(path) for path in (tiny / "out").iterdir()}
@@ -171,6 +173,7 @@ def test_models_are_made_again_from_a_recipe(tiny):
     assert "Synthetic" in (tiny / "out" / "README.md").read_text()
 
 
+@pytest.mark.long
 def test_models_are_not_made_twice_and_never_over_others(tiny, tmp_path):
     "The same call keeps its files; another recipe is refused, or replaces what the record lists: no stale adapter, no lost note."
     recipe, out = json.loads((tiny / "recipe.yaml").read_text()), tmp_path / "out"
@@ -197,6 +200,7 @@ def test_models_are_not_made_twice_and_never_over_others(tiny, tmp_path):
     assert refused.exit_code == 2 and "README.md was changed since" in refused.stderr and (out / "README.md").read_text() == "edited"
 
 
+@pytest.mark.long
 def test_models_are_not_made_over_files_of_a_user(tiny, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/README.md").write_text("mine")
@@ -208,6 +212,7 @@ def test_models_are_not_made_over_files_of_a_user(tiny, tmp_path):
 
 # ---------------------------------------------------------------- the command
 
+@pytest.mark.long
 def test_predict_works_at_once(tmp_path):
     "With nothing trained: the shipped network, and an adapter by name."
     path = scan(tmp_path / "scan.nii.gz", slices=6)
@@ -233,6 +238,7 @@ def test_models_show():
     assert done.exit_code == 0 and all(name in done.output for name in ("phantom", *METHODS)) and "no clinical claim" in done.output
 
 
+@pytest.mark.long
 def test_fine_tuning_of_the_shipped_network(tmp_path):
     "By name, and the card of its adapter knows its fold's patients and scores."
     cohort = make_phantom_cohort(tmp_path / "target", "asah", cases=3, seed=12, grid=(32, 40), slices=10)
@@ -298,6 +304,7 @@ def test_a_card_shows_scores_of_unseen_patients_alone(tmp_path, change, said):
     assert not (tmp_path / "bundle").exists()
 
 
+@pytest.mark.long
 def test_a_bundle_never_replaces_the_weights_it_is_made_of(tmp_path):
     base = tmp_path / "base"
     cohort = make_phantom_cohort(tmp_path / "source", "tbi", cases=2, seed=12, grid=(32, 40), slices=6)
@@ -308,6 +315,7 @@ def test_a_bundle_never_replaces_the_weights_it_is_made_of(tmp_path):
     assert (base / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.long
 def test_a_card_shows_no_scores_of_another_run(tmp_path):
     "An adapter that was put into a run's folder, and a table that was changed there."
     cohort = make_phantom_cohort(tmp_path / "target", "asah", cases=3, seed=12, grid=(32, 40), slices=10)
@@ -381,6 +389,7 @@ def same_masks(paths, masks, tmp_path):
         assert np.allclose(nib.load(mask).affine, nib.load(path).affine, atol=1e-4)
 
 
+@pytest.mark.long
 def test_a_clean_process_gets_the_same_output(bundle, tmp_path):
     "MONAI loads the network without sahlora, as TorchScript and by its configuration, and runs the bundle: our numbers, our masks."
     net, _ = load_model(find_weights("phantom"), find_weights("cp-lora", "adapter"))
@@ -447,6 +456,7 @@ def through_monai(net, path, spec, step, threshold=0.5):
     return item["image"], np.asarray(parser.get_parsed_content("postprocessing")(item)["pred"])[0]
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("spec", [InputSpec(), InputSpec((-20.0, 100.0)), InputSpec((0.0, 80.0), 3.1, True), InputSpec((0.0, 140.0), 1.7, True)],
                          ids=["plain", "window", "coarser", "finer"])
@@ -498,6 +508,7 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): file_hash(path) for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.long
 def test_a_bundle_is_kept_refused_or_replaced(tmp_path):
     out = tmp_path / "bundle"
     export_bundle(out, adapter="cp-lora")
@@ -543,6 +554,7 @@ def test_weights_that_are_not_their_runs_are_not_exported(tiny, tmp_path):
     assert not (tmp_path / "y").exists()
 
 
+@pytest.mark.long
 def test_versions_that_are_not_known_do_not_stop_an_export(tmp_path):
     program = """
 import importlib.metadata as metadata, sys
@@ -572,6 +584,7 @@ print(done.exit_code, done.stderr)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a limit on the size of files")
 def test_a_bundle_that_does_not_fit_is_said_in_words_and_gone_on_with(tmp_path):
     "Really written, not pretended: torch's own writer says nothing of the disk."

@@ -376,6 +376,7 @@ def test_power_of_the_t_test():
     assert power(20, 0.0) == pytest.approx(0.05) and power(30, 0.5) < power(30, 0.5, efficiency=1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("n", [12, 30])
 def test_smallest_difference_is_what_signed_rank_tests_show(n):
     rng, difference = np.random.default_rng(0), smallest_difference(n, sd=2.0)
@@ -402,6 +403,7 @@ def test_no_p_value_with_five():
 SCORE = st.one_of(st.just(math.nan), st.sampled_from([0.0, 0.5, 1.0]), st.floats(0, 1))
 
 
+@pytest.mark.long
 @given(st.lists(st.tuples(SCORE, SCORE, SCORE), max_size=12))
 @settings(max_examples=150, deadline=None)
 @pytest.mark.filterwarnings("error")

@@ -5,6 +5,7 @@ import nbformat
 import pytest
 import yaml
 
+from sahlora.cohorts.layouts import LAYOUTS
 from sahlora.evaluation.claims import CLAIMS
 from sahlora.evaluation.scores import METRICS
 from sahlora.study import batch, experiment
@@ -32,12 +33,14 @@ def write(project, tmp_path):
     return change
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["smoke", "demo", "paper", "own", "ct-ich", "tuning"])
 def test_committed_studies_are_right(project, name):
     study = read_study(project / f"paper/studies/{name}.yaml")
     assert study.study == name and expand_runs(study)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("path, value, words", [
     ("seed", [0], "did you mean 'seeds'"),
     ("pretrain.step", 5, "pretrain.step: this key is unknown; did you mean 'steps'"),
@@ -95,6 +98,7 @@ def test_mistakes_are_found_and_named(write, path, value, words):
     assert words in str(error.value)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path, value, words", [
     ("folds", 50, "50 folds of 9 patients"),
     ("folds", {"method": "stratified", "count": 10}, "10 folds of 9 patients"),
@@ -129,6 +133,7 @@ def test_a_mistyped_key_is_said_before_the_one_that_is_missing(write, tmp_path):
     assert "runz" in first and "did you mean 'runs'" in first and second.strip() == "runs: must be given"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path, error, words", [
     ("$SAHLORA_NOWHERE/scans", ValueError, "target.path: the variable SAHLORA_NOWHERE is not set; set it, or write the folder in its place"),
     ("${SAHLORA_NOWHERE}", ValueError, "the variable SAHLORA_NOWHERE is not set"),
@@ -198,11 +203,13 @@ def test_right_parameters_pass():
     assert check_parameters(cells) == {"method": "cp-lora", "rank": 8, "rate": 1, "split": {"train": ["a"]}}
 
 
+@pytest.mark.long
 def test_code_hashes_of_the_experiments_differ(project):
     paths = sorted((project / "nbs/experiments").glob("*.ipynb"))
     assert len({code_hash(path) for path in paths}) == len(paths) == 4
 
 
+@pytest.mark.long
 def test_a_stage_reaches_what_decides_its_result_and_nothing_else(project):
     "A better figure of the report or a better statistic costs no training; a bug mended in the loop reaches all that trained."
     modules = {}
@@ -229,6 +236,7 @@ register_claim(Rule(6, "It runs.", lambda evidence, plan: Claim(6, "It runs.", "
 """
 
 
+@pytest.mark.long
 def test_extensions_of_a_study_are_loaded_checked_and_counted(write, tmp_path, project):
     (tmp_path / "mine.py").write_text(MINE)
     write("extensions", ["mine.py"])
@@ -249,6 +257,7 @@ def test_extensions_of_a_study_are_loaded_checked_and_counted(write, tmp_path, p
         read_study(write("extensions", ["nowhere.py"]))
 
 
+@pytest.mark.long
 def test_the_versions_of_libraries_are_counted(project, monkeypatch):
     notebook = project / "nbs/experiments/2_pretrain.ipynb"
     before = code_hash(notebook)
@@ -290,6 +299,7 @@ def test_fewer_patients_another_network_and_seeds_of_its_own(write):
     assert study.networks["plain"].pretrain.steps == 3 and study.pretrain.steps == 500
 
 
+@pytest.mark.long
 def test_a_cohort_of_ones_own_is_imported_by_the_study(tmp_path):
     cohort = make_cohort({"layout": "phantom", "kind": "asah", "cases": 3, "seed": 0, "grid": [32, 40]}, tmp_path / "made")
     for role in ("images", "labels"):
@@ -304,6 +314,93 @@ def test_a_cohort_of_ones_own_is_imported_by_the_study(tmp_path):
         make_cohort({"layout": "pairs", "path": str(tmp_path / "mine")}, tmp_path / "cohort2")
     some = make_cohort({"layout": "pairs", "path": str(tmp_path / "mine"), "skip_bad": True}, tmp_path / "cohort3")
     assert some.table.case.tolist() == [cohort.table.case[0], cohort.table.case[2]]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_study_imports_every_layout_that_there_is(write, tmp_path, layout):
+    section = {"layout": layout, "path": "$MY_SCANS", "blood": "EDH" if LAYOUTS[layout].codes and len(LAYOUTS[layout].codes) > 1 else None}
+    study = read_study(write("target", section))
+    assert study.target.layout == layout and study.target.options.keys() == {key for key in ("blood",) if section[key]}
+    own = {"labels": "1=EDH", "rater": "union", "size": 64}
+    for option, value in own.items():
+        if option in LAYOUTS[layout].option_names:
+            assert read_study(write("target", {**section, option: value})).target.options[option] == value
+        else:
+            with pytest.raises(ValueError, match=f"mine.yaml: target: {option}: has no effect on the layout {layout}; its options are: blood, "):
+                read_study(write("target", {**section, option: value}))
+    with pytest.raises(FileNotFoundError, match="target.path: /nowhere: no such folder"):
+        make_batch(write("target", {**section, "path": "/nowhere"}), tmp_path / "runs")
+
+
+@pytest.mark.parametrize("section, words", [
+    ({"layout": "bhds", "path": "x"}, "target.layout: 'bhds' is unknown; did you mean 'bhsd'? There are: phantom, folder, pairs, ct-ich"),
+    ({"path": "x"}, "target.layout: "),
+    ({"layout": "bhsd"}, "target.path: must be given"),
+    ({"layout": "bhsd", "path": "x", "blod": "SAH"}, "target.blod: this key is unknown; did you mean 'blood'? There are: layout, path"),
+    ({"layout": "bhsd", "path": "x", "blood": "SHA"}, "target: blood 'SHA': not one of the labels EDH, IPH, IVH, SAH, SDH"),
+    ({"layout": "mbh-seg", "path": "x", "rater": "most"}, "rater 'most': there are majority, union, one"),
+    ({"layout": "pairs", "path": "x", "labels": "1:EDH"}, "write code=name"),
+    ({"layout": "pairs", "path": "x", "labels": "1=edema,2=SAH"}, "Say which of edema, SAH are (blood)"),
+    ({"layout": "instance", "path": "x", "window": [80, 0]}, "window needs low < high"),
+    ({"layout": "instance", "path": "x", "window": [80]}, "target.window: "),
+    ({"layout": "instance", "path": "x", "spacing": [1, 1, -1]}, "greater than 0"),
+    ({"layout": "instance", "path": "x", "orientation": "XYZ"}, "orientation 'XYZ' is none"),
+    ({"layout": "ct-ich", "path": "x", "size": 3}, "size"),
+    ({"layout": "bhsd", "path": "x", "patients": ["a"]}, "target.patients"),
+    ({"layout": "ct-ich", "path": "x", "patients": []}, "target.patients"),
+])
+def test_a_wrong_import_is_told_when_the_study_is_read(write, section, words):
+    with pytest.raises(ValueError) as error:
+        read_study(write("target", section))
+    assert words in str(error.value)
+
+
+def store_heads(tmp_path, image, label):
+    "Two phantoms, stored with names of our choice."
+    cohort = make_cohort({"layout": "phantom", "kind": "asah", "cases": 2, "seed": 0, "grid": [32, 40]}, tmp_path / "made")
+    for number, row in enumerate(cohort.table.itertuples(), 1):
+        for name, file in ((image, row.image), (label, row.label)):
+            path = tmp_path / "mine" / name.format(n=number)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(tmp_path / "made" / file, path)
+    return cohort
+
+
+@pytest.mark.long
+def test_a_public_layout_is_imported_by_the_study(write, tmp_path):
+    made = store_heads(tmp_path, "train_2/data/00{n}.nii.gz", "train_2/label/00{n}.nii.gz")
+    study = read_study(write("target", {"layout": "instance", "path": str(tmp_path / "mine"), "site": "here"}))
+    cohort = make_cohort(study.target.model_dump(), tmp_path / "cohort")
+    assert cohort.table.case.tolist() == ["instance-001", "instance-002"] and set(cohort.table.site) == {"here"}
+    assert list(cohort.voxels.values()) == list(made.voxels.values())
+    assert (batch.scans_of(study.target), batch.grid_of(study.target)) == (2, (32, 40))
+
+
+HOSPITAL = """
+from sahlora.cohorts.layouts import BLOOD, Layout, register_layout
+
+files = ("NAME/ct.nii", "NAME/blood.nii")
+register_layout(Layout("hospital", files, "scans of our hospital", files=(files,), codes=BLOOD))
+"""
+
+
+@pytest.mark.long
+def test_a_layout_of_an_extension_is_imported_by_the_study(write, tmp_path):
+    made = store_heads(tmp_path, "{n}/ct.nii.gz", "{n}/blood.nii.gz")
+    (tmp_path / "hospital.py").write_text(HOSPITAL)
+    section = {"layout": "hospital", "path": str(tmp_path / "mine")}
+    with pytest.raises(ValueError, match="target.layout: 'hospital' is unknown"):
+        read_study(write("target", section))
+    write("extensions", ["hospital.py"])
+    try:
+        study = read_study(write("target", section))
+        cohort = make_cohort(study.target, tmp_path / "cohort")
+        assert cohort.table.case.tolist() == ["1", "2"] and list(cohort.voxels.values()) == list(made.voxels.values())
+        with pytest.raises(ValueError, match="target: labels: has no effect on the layout hospital"):
+            read_study(write("target", {**section, "labels": "1=EDH"}))
+    finally:
+        LAYOUTS.pop("hospital", None)
 
 
 def test_what_a_study_costs_is_added_up(project):
@@ -325,6 +422,7 @@ def test_what_a_study_costs_is_added_up(project):
     assert f"{(cohorts + none + norms) / 3600:.2f} core hours" in told
 
 
+@pytest.mark.long
 def test_the_plan_of_a_study_asks_snakemake_and_this_machine(project, tmp_path, monkeypatch):
     monkeypatch.setattr(batch, "pending", lambda asked: [("cohorts", ""), ("finetune", "none-s0")])
     monkeypatch.setattr(batch, "measure", lambda study, slots: Costs(1.0, 1.0, 1.0, 1.0, {part: 1.0 for part in trained_parts(study)}))

@@ -309,6 +309,7 @@ def test_one_step_is_adam_on_monais_loss(store):
     assert sum(int((p.grad.abs() > 1e-6).sum()) for p in other.parameters()) > 1000
 
 
+@pytest.mark.long
 def test_two_slices_can_be_learned_by_heart(tmp_path):
     cases, draw = [], np.random.default_rng(3)
     for k in range(2):
@@ -324,6 +325,7 @@ def test_two_slices_can_be_learned_by_heart(tmp_path):
     assert 2 * (found & masks.bool()).sum() / (found.sum() + masks.sum()) > 0.98
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [{"optimizer": "adamw", "weight_decay": 0.1}, {"schedule": "cosine", "warmup": 2}, {"clip": 0.01},
                                      {"loss": "dice+ce"}, {"average": 0.5}, {"precision": "bf16"}])
 def test_options_change_the_training(store, options):
@@ -341,6 +343,7 @@ def norms_of(net):
     return {name: value for name, value in net.state_dict().items() if "running" in name}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("more", [{}, {"patience": 50}])
 def test_averaged_weights_are_scored_with_statistics_of_their_own(store, more):
     "The statistics are what one pass over the training batches gives, and the first weights are forgotten."
@@ -514,6 +517,7 @@ def run_killed(store, out, kills, seed=0):
     return out.with_suffix(".safetensors").read_bytes(), out.with_suffix(".csv").read_bytes()
 
 
+@pytest.mark.long
 def test_killed_and_gone_on_is_the_same_to_the_last_bit(store, tmp_path):
     whole = run_killed(store, tmp_path / "run0", kills=0)
     assert run_killed(store, tmp_path / "run1", kills=2) == whole
@@ -527,6 +531,7 @@ class Dropping(MultiViewUnet):
         return super().forward(torch.nn.functional.dropout(x, 0.3, self.training))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make, how, held_out", [
     (Dropping, Training(steps=9, batch_size=4, precision="fp32"), None),
     (MultiViewUnet, Training(steps=200, batch_size=6, learning_rate=0.05, patience=2, precision="fp32", augmentation=NO_AUGMENTATION), ["p2", "p3"])])
@@ -658,6 +663,7 @@ def test_predict_does_not_depend_on_the_batch_size():
     assert torch.allclose(predict(net, x, 2), predict(net, x, 7), atol=1e-7)
 
 
+@pytest.mark.long
 def test_pretraining_stops_early_on_patients_of_its_own(tmp_path):
     cohort = make_phantom_cohort(tmp_path / "c", "tbi", cases=5, seed=1, grid=(32, 40))
     history = pretrain(cohort, tmp_path / "out", {"name": "multi-view-unet", "levels": 1},

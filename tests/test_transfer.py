@@ -55,6 +55,7 @@ def test_unknown_region_lists_the_known_ones():
         prepare(MultiViewUnet(), Strategy("fine-tuning", region="decoder"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method, more", [("none", {}), ("norm-stats", {}), ("scratch", {}), ("decoding", {}), ("cp-lora", {}),
                                           ("convdora", {"extras": True}), ("decoding", {"learning_rate": (1e-3, 1e-2)}),
                                           ("lora-c", {"training": {"patience": 1, "schedule": "cosine"}})])
@@ -75,6 +76,7 @@ def test_a_run_is_whole_and_repeats_bit_for_bit(made, tmp_path, method, more):
     assert run["base"] == weights_hash(load_network(base)[0]) and run["seconds"] > 0 and run["peak_mib"] > 50
 
 
+@pytest.mark.long
 def test_scores_can_be_recomputed_from_the_saved_fold(made, tmp_path):
     "Base plus saved tensors, scored by hand, gives the table: for a fine-tuned region and for an adapter."
     base, cohort = made
@@ -93,6 +95,7 @@ def test_scores_can_be_recomputed_from_the_saved_fold(made, tmp_path):
             assert dice(predict_volume(net, ct).numpy(), mask) == pytest.approx(row.dice_soft, abs=1e-6)
 
 
+@pytest.mark.long
 def test_the_strategy_none_is_the_base(made, tmp_path):
     base, cohort = made
     table = cross_validate(base, cohort, Strategy("none"), kfold(cohort.patients, 2), tmp_path, quiet=True)
@@ -101,6 +104,7 @@ def test_the_strategy_none_is_the_base(made, tmp_path):
     assert dict(zip(table.patient, table.dice_soft)) == pytest.approx(scores, abs=1e-9)
 
 
+@pytest.mark.long
 def test_folds_do_not_feed_each_other(made, tmp_path):
     "The second fold gives the same whatever came before it: weights, statistics and optimizer begin afresh."
     base, cohort = made
@@ -201,6 +205,7 @@ def test_norm_statistics_are_those_of_one_pass_by_hand(made):
         assert torch.allclose(unit2.norm.running_mean.double(), unit2.conv(y.relu().float()).double().mean((0, 2, 3)), atol=1e-5)
 
 
+@pytest.mark.long
 def test_scratch_knows_nothing_of_the_base(made, tmp_path):
     base, cohort = made
     torch.manual_seed(99)
@@ -249,6 +254,7 @@ def test_both_sides_of_an_inner_split_have_blood():
             assert len({"p3", "p17"} & {*part}) == 1 and 4 <= len(part) <= 16
 
 
+@pytest.mark.long
 def test_a_learning_rate_is_chosen_without_the_test_patients(made, tmp_path):
     "Other masks for the test patients change their scores, but not one figure of the choice."
     base, cohort = made
@@ -292,6 +298,7 @@ def test_a_candidate_that_explodes_is_out_and_all_of_them_are_an_error(made, tmp
 # --- what must not pass in silence --------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_collapsed_run_is_flagged(made, tmp_path, capsys):
     base, cohort = made
     folds = kfold(cohort.patients, 2)
@@ -328,6 +335,7 @@ def test_a_place_that_can_not_be_written_is_found_before_any_work(made, tmp_path
         cross_validate(base, cohort, Strategy("decoding", **SHORT), kfold(cohort.patients, 2), tmp_path / "file/run", quiet=True)
 
 
+@pytest.mark.long
 def test_a_full_disk_loses_nothing_that_was_done(made, tmp_path, monkeypatch):
     base, cohort = made
     folds, strategy = kfold(cohort.patients, 2), Strategy("cp-lora", **SHORT)
@@ -352,6 +360,7 @@ def test_a_full_disk_loses_nothing_that_was_done(made, tmp_path, monkeypatch):
     assert not list((tmp_path / "run").glob(".*")) and not (tmp_path / "run/unfinished").exists()
 
 
+@pytest.mark.long
 def test_killed_while_the_folds_are_cleared_away(made, tmp_path, monkeypatch):
     "The tree of folds goes file by file: a kill in between must not leave a fold that looks done."
     base, cohort = made

@@ -103,6 +103,7 @@ def study_with(folder, extensions):
     return folder / "own-method.yaml"
 
 
+@pytest.mark.long
 def test_a_method_of_ones_own_reaches_whatever_reads_the_study(tmp_path):
     (tmp_path / "row.py").write_text(METHOD)
     code = "from sahlora.study.schema import *; print(*[run['id'] for run in expand_runs(read_study({!r}))])"
@@ -119,6 +120,7 @@ def test_a_wrong_file_is_named(tmp_path, name, words):
         load_extensions([tmp_path / name])
 
 
+@pytest.mark.long
 def test_a_change_of_the_method_makes_runs_stale(tmp_path):
     notebook, file = project_path("nbs/experiments/3_finetune.ipynb"), tmp_path / "row.py"
     plain = code_hash(notebook)

@@ -15,11 +15,13 @@ def test_ruff_finds_nothing(project):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_types_agree(project, tmp_path):
     done = run("mypy", "--cache-dir", str(tmp_path), cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("line, code", [
     ("x: int = 'text'", "assignment"), ("math.square(2)", "attr-defined"), ("read_json()", "call-arg"),
     ("from sahlora.ct import HeadCT\nHeadCT.volume_ml()", "call-arg"),  # methods that @patch adds are checked too

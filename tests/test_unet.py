@@ -300,6 +300,7 @@ def test_the_multiple_is_what_a_network_really_needs(kind, levels, monkeypatch):
         assert not kept, wrong
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", [lambda: MultiViewUnet(3), lambda: Unet(levels=4, width=2)])
 def test_copies_and_networks_from_a_header_say_the_same_multiple(make):
     net = make()
@@ -452,6 +453,7 @@ def test_gradient_is_the_slope():
     assert (values[0] - values[1]).item() / 2 == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.long
 def test_compiles_without_graph_breaks(net, slices):
     net.eval()
     torch._dynamo.reset()
@@ -619,6 +621,7 @@ def test_flops_of_the_paper():
     assert flops(net, 512) / 1e9 == pytest.approx(61.2, abs=0.05)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", [MultiViewUnet, lambda n: MultiViewUnet(n, 3), lambda n: Unet(n, width=8)])
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])
 def test_drawing_shows_the_network(make, levels, tmp_path):
@@ -668,6 +671,7 @@ def test_drawing_refuses_others():
         draw_network(MultiViewUnet(3), size=100)
 
 
+@pytest.mark.long
 def test_import_is_light():
     code = "import sys, sahlora.unet; sys.exit(int('matplotlib' in sys.modules or 'monai' in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Shape', 'METHODS', 'WIDE', 'swap_channels', 'view_shape', 'Delta', 'Wrapper', 'Method', 'wrapped_name', 'register',
-           'Config', 'check_config', 'Part', 'Adapter', 'factor_shapes', 'chained', 'pointwise', 'conv_like', 'start',
-           'factors', 'update', 'adapted_weight', 'Record', 'Adapted', 'adapted_class', 'AdaptedConv',
-           'AdaptedConvTranspose', 'touch', 'delta_weight', 'effective_weight']
+           'Config', 'check_config', 'AdapterModule', 'Adapter', 'factor_shapes', 'chained', 'pointwise', 'conv_like',
+           'start', 'factors', 'update', 'adapted_weight', 'Record', 'Adapted', 'adapted_class', 'AdaptedConv',
+           'AdaptedConvTranspose', 'record_of', 'delta_weight', 'effective_weight']
 
 # %% ../../nbs/adapters/core.ipynb #d90ae5a4
 from abc import ABC, abstractmethod
@@ -189,7 +189,7 @@ def check_config(config: Config) -> None:
         raise ValueError(f"alpha={config.alpha!r}: give a positive number, or None for the rank")
 
 # %% ../../nbs/adapters/core.ipynb #62637c29
-class Part(nn.Module):
+class AdapterModule(nn.Module):
     "What one module of the network holds for one adapter: parameters and buffers of its own."
 
     def __init__(self, config: Config) -> None:
@@ -200,12 +200,12 @@ class Part(nn.Module):
         "Parameters and buffers by name."
         return {**self._parameters, **self._buffers}
 
-    def _replicate_for_data_parallel(self) -> "Part":
+    def _replicate_for_data_parallel(self) -> "AdapterModule":
         raise RuntimeError("nn.DataParallel cannot copy adapters: "
                            "use DistributedDataParallel, or merged_copy(net)")
 
 # %% ../../nbs/adapters/core.ipynb #d3698caa
-class Adapter(Part):
+class Adapter(AdapterModule):
     "Factors of one adapted convolution; their names and shapes are the formula's."
 
     def __init__(self, conv: nn.Module, config: Config, rank: int) -> None:
@@ -326,13 +326,13 @@ class Record:
     "What a module remembers while it has adapters."
 
     grads: dict[str, bool]  # whether each parameter required a gradient before
-    parts: dict[str, Part | None] = field(default_factory=dict)  # by the adapter's name
+    parts: dict[str, AdapterModule | None] = field(default_factory=dict)  # by the adapter's name
     active: str | None = None
     base: dict[str, Tensor] | None = None  # the original tensors, while an adapter is merged
     mode: bool = True  # for a norm: training or evaluation, as the network asked for
 
     @property
-    def part(self) -> Part | None:
+    def part(self) -> AdapterModule | None:
         "The module's part of the active adapter, if it has one."
         return self.parts.get(self.active or "")
 
@@ -347,7 +347,7 @@ class Adapted:
 
     def __getattr__(self, name: str) -> Any:
         part = self.__dict__["_modules"].get("adapter")
-        if isinstance(part, Part) and self._sahlora.base is None:
+        if isinstance(part, AdapterModule) and self._sahlora.base is None:
             if name in part.tensors() and (name == "bias" or not isinstance(part, Adapter)):
                 return part.tensors()[name]
         return super().__getattr__(name)  # type: ignore[misc]  # of the original class
@@ -417,7 +417,7 @@ class AdaptedConvTranspose(AdaptedConv):
         return _TRANSPOSED[n](input, self._weight_for(input), self.bias, *geometry)
 
 # %% ../../nbs/adapters/core.ipynb #02ea0009
-def touch(module: nn.Module, mixin: type | None = None) -> Record:
+def record_of(module: nn.Module, mixin: type | None = None) -> Record:
     "Give a module its record and, with `mixin`, its adapted class; a second call changes nothing."
     if "_sahlora" not in module.__dict__:
         grads = {key: p.requires_grad for key, p in module._parameters.items() if p is not None}

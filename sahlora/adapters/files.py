@@ -23,10 +23,10 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from .core import METHODS, Adapter, Config, Part, update, wrapped_name
+from .core import METHODS, Adapter, Config, AdapterModule, update, wrapped_name
 from .cp_lora import cp_delta, khatri_rao
 from .network import (Summary, base_modules, check_conv, check_new, check_rank,
-                                      install, kind_of, make_copies, nearest, parts_of, ranks,
+                                      install, kind_of, make_copies, similar_names, parts_of, ranks,
                                       refuse_merged, require, shared_config, summary)
 from ..common.files import (atomic_path, load_tensors, package_version, read_json,
                                   save_tensors, write_json)
@@ -71,13 +71,13 @@ def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256((text + tensor_hash(tensors)).encode()).hexdigest()
 
 # %% ../../nbs/adapters/files.ipynb #ea5aae2b
-def _flat(parts: Mapping[str, Part]) -> dict[str, Tensor]:
+def _flat(parts: Mapping[str, AdapterModule]) -> dict[str, Tensor]:
     "Tensors of an adapter's parts under the keys that they have in a state_dict."
     return {".".join(filter(None, (name, "adapter", key))): t
             for name, part in parts.items() for key, t in part.tensors().items()}  # fmt: skip
 
 
-def _entry(module: nn.Module, part: Part) -> dict[str, Any]:
+def _entry(module: nn.Module, part: AdapterModule) -> dict[str, Any]:
     "What the header says about one module's part of an adapter."
     shapes = {key: list(value.shape) for key, value in part.tensors().items()}
     entry = {"kind": kind_of(module), "tensors": shapes}
@@ -154,9 +154,9 @@ def check_base(header: Mapping[str, dict], net: nn.Module) -> None:
             raise ValueError(f"{name!r} was a {entry['kind']}, in this network it is a {kind}")
 
 # %% ../../nbs/adapters/files.ipynb #cc7d1176
-def _build(header: Mapping[str, dict], net: nn.Module, config: Config) -> dict[str, Part]:
+def _build(header: Mapping[str, dict], net: nn.Module, config: Config) -> dict[str, AdapterModule]:
     "The parts that a header describes, not yet filled."
-    parts: dict[str, Part] = {}
+    parts: dict[str, AdapterModule] = {}
     for name, entry in header["layers"].items():
         conv = net.get_submodule(name)
         check_conv(name, conv)
@@ -169,7 +169,7 @@ def _build(header: Mapping[str, dict], net: nn.Module, config: Config) -> dict[s
     return parts | make_copies(net, config, copies)
 
 # %% ../../nbs/adapters/files.ipynb #272e515e
-def _fill(parts: Mapping[str, Part], tensors: Mapping[str, Tensor]) -> None:
+def _fill(parts: Mapping[str, AdapterModule], tensors: Mapping[str, Tensor]) -> None:
     "Copy tensors into new parts. Raises: ValueError for one missing, left over or misshaped."
     wanted = _flat(parts)
     if odd := sorted(wanted.keys() ^ tensors.keys()):
@@ -239,7 +239,7 @@ def _settings(config: Config, layers: Mapping[str, Adapter]) -> dict[str, Any]:
     }  # fmt: skip
 
 # %% ../../nbs/adapters/files.ipynb #218dd56e
-def _peft_tensors(name: str, conv: nn.Module, part: Part) -> dict[str, Tensor]:
+def _peft_tensors(name: str, conv: nn.Module, part: AdapterModule) -> dict[str, Tensor]:
     "One layer's factors under PEFT's names. Raises: ValueError where PEFT has no place for them."
     if not isinstance(part, Adapter):
         raise ValueError(f"the adapter also holds tensors of {name!r}, "
@@ -332,7 +332,7 @@ def _from_layer(
     modules = base_modules(net)
     if name not in modules:
         raise ValueError(f"it adapts {name!r}, which the network lacks; "
-                         f"nearest names: {nearest(name, modules)}")
+                         f"nearest names: {similar_names(name, modules)}")
     check_peft(name, modules[name])
     check_conv(name, modules[name])
     if missing := {"lora_A", "lora_B"} - tensors.keys():
@@ -449,7 +449,7 @@ def _cp_adapter(conv: nn.Module, old: Adapter, factors: list[Tensor], config: Co
     return adapter
 
 # %% ../../nbs/adapters/files.ipynb #f8b73432
-def _count(parts: Iterable[Part]) -> int:
+def _count(parts: Iterable[AdapterModule]) -> int:
     return sum({id(p): p.numel() for part in parts for p in part.parameters()}.values())
 
 

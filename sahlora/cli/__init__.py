@@ -101,10 +101,15 @@ Completion of commands, options and names, in bash, zsh, fish and PowerShell:
 METHOD_NAMES = ("lora-c", "convlora", "cp-lora", "dora-c", "convdora", "cp-dora")
 
 
-def option(text: str, *names: str, words: Sequence[str] = (), **more: Any) -> Any:
-    "An option with its help, its names, and the words that a shell completes."
+def option(text: str, *names: str, words: Sequence[str] | Callable[[], Sequence[str]] = (),
+           **more: Any) -> Any:
+    """An option with its help, its names, and the words that a shell completes.
+
+    `words`: a function where they are known to a module that help should not have to import.
+    """
     def complete(start: str) -> list[str]:
-        return [word for word in words if word.startswith(start)]
+        known = words() if callable(words) else words
+        return [word for word in known if word.startswith(start)]
 
     return typer.Option(*names, help=text, autocompletion=complete if words else None, **more)
 
@@ -222,12 +227,19 @@ def cohort_make(
 def _counts(bins: dict[str, int]) -> str:
     return ", ".join(f"{name}: {count}" for name, count in bins.items())
 
+# %% ../../nbs/cli/commands.ipynb #dd79b63a
+def _layouts() -> list[str]:
+    "Names of the layouts that an import takes."
+    from sahlora.cohorts.layouts import LAYOUTS
+
+    return [*LAYOUTS]
+
 # %% ../../nbs/cli/commands.ipynb #ef8c2314
 @cohort.command("import")
 def cohort_import(
     layout: Annotated[str, option(
-        "pairs, ct-ich, bhsd, instance, mbh-seg or seg-cq500; see cohort layouts.",
-        words=("pairs", "ct-ich", "bhsd", "instance", "mbh-seg", "seg-cq500"))],
+        "Layout of the data set, such as pairs; cohort layouts shows them all.",
+        words=_layouts)],
     source: Annotated[Path, option("Folder of the data set.")], out: Out,
     blood: Annotated[str | None, option("Labels that count as blood: EDH,IPH,IVH,SAH,SDH.")] = None,
     labels: Annotated[str | None, option("Codes of your own masks: 1=EDH,2=IPH.")] = None,

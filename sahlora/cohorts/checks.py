@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from .cohort import (Cohort, applying, attempt, check_binary, check_grid, to_hu,
-                                    voxel_hash, window_of)
+from .cohort import (Cohort, attempt, check_binary, check_grid, to_hu, voxel_hash,
+                                    window_of)
 from .folds import check_disjoint, check_voxels, kfold, read_folds
 from ..ct import read_nifti
 from ..ct.core import check_hu, check_placed, visible
 from ..ct.nifti import Nifti
-from ..common.display import short_list
+from ..common.display import applying, short_list
 from ..common.files import file_hash
 
 # %% ../../nbs/cohorts/checks.ipynb #c6e49a1e

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'BINS', 'Case', 'check_name', 'case_files', 'voxel_hash', 'compact', 'write_case', 'write_rows',
-           'write_cohort', 'read_table', 'window_of', 'to_hu', 'attempt', 'applying', 'refuse', 'check_grid',
-           'check_binary', 'Cohort', 'make_phantom_cohort', 'volume_bin', 'bin_counts', 'describe_cohort', 'scan_size',
-           'volume_words', 'cohort_words', 'cohort_table', 'richest_slice', 'cohort_pictures', 'cohort_html']
+           'write_cohort', 'read_table', 'window_of', 'to_hu', 'attempt', 'check_grid', 'check_binary', 'Cohort',
+           'make_phantom_cohort', 'volume_bin', 'bin_counts', 'describe_cohort', 'scan_size', 'volume_words',
+           'cohort_words', 'cohort_table', 'richest_slice', 'cohort_pictures', 'cohort_html']
 
 # %% ../../nbs/cohorts/cohort.ipynb #864bcdbf
 import csv
@@ -32,8 +32,8 @@ from fastcore.basics import patch
 from ..ct import HeadCT, read_nifti, write_nifti
 from ..ct.core import check_hu, check_placed, is_hidden
 from ..ct.nifti import Nifti
-from ..common.display import (MASK_COLOR, beside, facts_html, grey_slice, html_text, marked,
-                                    png_html, short_list, shown_mask)
+from ..common.display import (MASK_COLOR, applying, beside, facts_html, grey_slice, html_text,
+                                    marked, png_html, refuse, short_list, shown_mask)
 from ..common.files import (file_hash, object_hash, output_folder, plain_words, read_json,
                                   remove_folder, remove_leftovers, write_csv, write_json)
 from ..phantom import case_key, check_request, make_case
@@ -199,17 +199,6 @@ def attempt(action: Callable[..., Any], *arguments: Any) -> tuple[Any, list[str]
         return action(*arguments), []
     except (OSError, ValueError) as error:
         return None, [plain_words(error) if isinstance(error, OSError) else str(error)]
-
-# %% ../../nbs/cohorts/cohort.ipynb #44cec6fb
-def applying(sentences: Mapping[str, bool]) -> list[str]:
-    "The sentences that are true, from sentence -> whether it is true."
-    return [words for words, is_true in sentences.items() if is_true]
-
-# %% ../../nbs/cohorts/cohort.ipynb #629a8dda
-def refuse(sentences: Mapping[str, bool]) -> None:
-    "Raises: ValueError with the first of the sentences that is true."
-    for words in applying(sentences):
-        raise ValueError(words)
 
 # %% ../../nbs/cohorts/cohort.ipynb #0ab869e4
 _HASH = "([0-9a-f]{64})?"

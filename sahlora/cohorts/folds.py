@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import KFold, StratifiedKFold
 
-from .cohort import BINS, Cohort, bin_counts, refuse, volume_bin, volume_words
-from ..common.display import short_list
+from .cohort import BINS, Cohort, bin_counts, volume_bin, volume_words
+from ..common.display import refuse, short_list
 from ..common.files import read_json, write_json
 
 # %% ../../nbs/cohorts/folds.ipynb #74c2ff66
@@ -203,8 +203,7 @@ def read_folds(path: str | Path, cohort: Cohort) -> list[Fold]:
                  for fold in stored["split"]]
         sides = [side for fold in folds for side in (fold.train, fold.test)]
         names = [name for side in sides for name in side or [None]]
-        kinds = {*map(type, names), *(type(fold.fit) for fold in folds)}
-        if kinds != {str, bool}:
+        if {*map(type, names)} != {str} or {type(fold.fit) for fold in folds} != {bool}:
             raise TypeError("each fold trains and tests patients, and fit is true or false")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a file of folds ({error!r} went wrong); "

@@ -25,13 +25,12 @@ from tqdm import tqdm
 
 # %% ../../nbs/cohorts/layouts.ipynb #c4bcc37e
 from .checks import find_duplicates, grouped, mask_notes, placed_notes
-from .cohort import (Case, Cohort, applying, attempt, case_files, check_grid,
-                                    check_name, compact, read_table, refuse, write_case,
-                                    write_cohort, write_rows)
+from .cohort import (Case, Cohort, attempt, case_files, check_grid, check_name,
+                                    compact, read_table, write_case, write_cohort, write_rows)
 from ..ct import read_nifti
 from ..ct.core import check_hu, check_placed, is_hidden, visible
 from ..ct.nifti import ORIENTATIONS
-from ..common.display import short_list
+from ..common.display import applying, refuse, short_list
 from ..common.files import file_hash, object_hash, output_folder, read_json, write_json
 from ..common.options import options, unknown_key
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MASK_COLOR', 'PREDICTION_COLOR', 'plain_text', 'html_text', 'markdown_text', 'table_markdown', 'facts_html',
            'png_bytes', 'png_html', 'beside', 'picture_size', 'grey_slice', 'shown_mask', 'marked', 'short_list',
-           'refused']
+           'applying', 'refuse', 'refused']
 
 # %% ../../nbs/common/display.ipynb #14df41b2
 import base64
@@ -141,6 +141,17 @@ def short_list(names: Sequence[object], most: int = 10) -> str:
     "The first `most` names, with commas, and how many more there are."
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(str, names[:most])) + more
+
+# %% ../../nbs/common/display.ipynb #46474b79
+def applying(sentences: Mapping[str, object]) -> list[str]:
+    "The sentences that are true, from sentence -> whether it is true."
+    return [words for words, is_true in sentences.items() if is_true]
+
+# %% ../../nbs/common/display.ipynb #f5450409
+def refuse(sentences: Mapping[str, object], name: object = "") -> None:
+    "Raises: ValueError with the first sentence that is true; `name`: the file it is about."
+    for words in applying(sentences):
+        raise ValueError(f"{name}: {words}" if name else words)
 
 # %% ../../nbs/common/display.ipynb #16941e82
 def refused(call: Callable[[], object], words: str) -> None:

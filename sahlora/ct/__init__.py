@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..common.display import short_list
-from .core import (BRAIN_WINDOW, HeadCT, check_hu, check_placed, is_hidden, raise_first,
-                             window)
+from ..common.display import refuse, short_list
+from .core import (BRAIN_WINDOW, HeadCT, check_hu, check_placed, is_hidden, window)
 from .nifti import read_nifti, write_like, write_nifti
 
 # %% ../../nbs/ct/read.ipynb #0e95c758
@@ -30,12 +29,12 @@ def _is_dicom(path: Path) -> bool:
                 or name.endswith((".dcm", ".ima", ".zip")))
     is_nifti = start[:2] == b"\x1f\x8b" or name.endswith((".nii", ".nii.gz"))
     lengths = {int.from_bytes(start[:4], order) for order in ("little", "big")}
-    raise_first(path, {
+    refuse({
         "the file is empty; copy it again": not start,
         "neither NIfTI nor DICOM, or corrupted; name a .nii or .nii.gz file, a DICOM folder or a "
         "zip of one":
             not (is_dicom or is_nifti or lengths & {348, 540}),
-    })
+    }, path)
     return is_dicom and not is_nifti
 
 # %% ../../nbs/ct/read.ipynb #83cdd4b5
@@ -58,11 +57,11 @@ def _read_dicom(
     "A scan from DICOM, not yet checked; `is_placed`: whether its spacing or orientation was said."
     names = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
     niftis = [name for name in names if name.endswith((".nii", ".nii.gz")) and not is_hidden(name)]
-    raise_first(path, {
+    refuse({
         "--spacing and --orientation are for NIfTI; DICOM says where its slices lie: drop them":
             is_placed,
         f"a folder of NIfTI files ({short_list(niftis, 3)}); name one": niftis,
-    })
+    }, path)
     from sahlora.ct.dicom import read_dicom  # imported here: it takes as long as all the rest
 
     return read_dicom(path, series=series, allow_gaps=allow_gaps)

@@ -33,10 +33,10 @@ from pydicom.uid import (UID, CTImageStorage, ExplicitVRBigEndian, ExplicitVRLit
 from pydicom.valuerep import DS
 
 # %% ../../nbs/ct/dicom.ipynb #f9e39ee5
-from ..common.display import short_list
+from ..common.display import refuse, short_list
 from ..common.files import atomic_path, package_version
 from .core import (HeadCT, angle_degrees, even_stacks, find_gaps, from_lps, is_hidden,
-                             owned_mm, raise_first, stack_spacing, to_lps, visible)
+                             owned_mm, stack_spacing, to_lps, visible)
 
 # %% ../../nbs/ct/dicom.ipynb #a90a511d
 @dataclass(frozen=True)
@@ -90,11 +90,11 @@ def _members(path: Path) -> list[File]:
                    and not any(map(is_hidden, PurePosixPath(info.filename).parts))]
     gib = sum(info.file_size for info in members) / 2**30
     limit = ZIP_LIMIT / 2**30
-    raise_first(path, {
+    refuse({
         "the zip is encrypted; unpack it with its password and name the folder":
             any(info.flag_bits & 1 for info in members),
         f"{gib:.1f} GiB unpacked, more than {limit:g}; unpack it and name the folder": gib > limit,
-    })
+    }, path)
     return [File(path, info.filename) for info in members]
 
 # %% ../../nbs/ct/dicom.ipynb #76e7552c
@@ -321,14 +321,14 @@ def _check_line(
         slope = np.median(np.diff(corners[first:end], axis=0) / np.diff(along, axis=0), axis=0)
         rest = corners[first:end] - along * slope
         off = np.linalg.norm(rest - np.median(rest, axis=0), axis=1)
-        raise_first(where, {
+        refuse({
             f"{slices[first + int(off.argmax())]} lies {off.max():.1f} mm beside the others of its "
             "stack: moved slices or mixed series; export the series again":
                 off.max() > 1,
             "slices are stacked more than 45 degrees off their normal, as no gantry tilts: "
             "ImagePositionPatient or ImageOrientationPatient is wrong; export the series again":
                 np.linalg.norm(slope) > np.sqrt(2),  # its length is 1 / cos(tilt)
-        })
+        }, where)
 
 # %% ../../nbs/ct/dicom.ipynb #e3d2010e
 def _stored_affine(slices: Sequence[Header]) -> np.ndarray:
@@ -401,7 +401,7 @@ def _check_pixels(dataset: Dataset, file: File) -> None:
     row = samples * int(dataset.BitsAllocated) // 8
     need = int(dataset.Rows) * row
     have = len(dataset.PixelData)
-    raise_first(file, {
+    refuse({
         f"pixels stored as {syntax.name} ({syntax}) can not be read here; install decoders (pip "
         "install 'sahlora[dicom]' pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg), or have the "
         "series exported uncompressed (Explicit VR Little Endian)":
@@ -409,7 +409,7 @@ def _check_pixels(dataset: Dataset, file: File) -> None:
         f"{have} bytes of pixels where {dataset.Rows} x {dataset.Columns} need {need}: corrupted "
         "or truncated: copy it again":
             is_decodable and not syntax.is_encapsulated and not need <= have < need + max(row, 2),
-    })
+    }, file)
 
 # %% ../../nbs/ct/dicom.ipynb #a193d012
 def _plane(file: File, stream: BinaryIO, header: Header) -> np.ndarray:
@@ -484,7 +484,7 @@ def _check_values(headers: Sequence[Header], where: str) -> None:
         row, column = cosines.reshape(2, 3)
         lengths = np.linalg.norm([row, column], axis=1)
         color = header.text["PhotometricInterpretation"]
-        raise_first(where, {
+        refuse({
             f"{keyword} is {_values(header.numbers[keyword])} in {header}, and must be above 0; "
             "export the series again": not (header.numbers[keyword] > 0).all()
             for keyword in ("PixelSpacing", "Rows", "Columns", "RescaleSlope")
@@ -495,7 +495,7 @@ def _check_values(headers: Sequence[Header], where: str) -> None:
             f"{header} is {color} (inverted or colour), and CT in HU is MONOCHROME2; export the "
             "original series":
                 color not in ("MONOCHROME2", ""),
-        })
+        }, where)
 
 # %% ../../nbs/ct/dicom.ipynb #5f7d6f4f
 _SAME = {"ImageOrientationPatient": 1e-3, "Rows": 0, "Columns": 0, "PixelSpacing": 1e-3}
@@ -983,12 +983,12 @@ def write_seg(ct: HeadCT, mask: np.ndarray, path: str | Path, *, label: str = "H
     if not isinstance(ct.stored, StoredDicom):
         raise ValueError(f"{ct.source}: not read from DICOM, so there is no series for a DICOM "
                          "SEG; write NIfTI")
-    raise_first(path, {
+    refuse({
         f"a mask of shape {mask.shape} with values {np.unique(mask)[:4]}; needed are 0 and 1 on "
         f"the scan's {ct.hu.shape}":
             mask.shape != ct.hu.shape or not np.isin(np.unique(mask), (0, 1)).all(),
         f"label {label!r} has no code; there are: {', '.join(FINDINGS)}": label not in FINDINGS,
-    })
+    }, path)
     with quiet_pydicom():
         sources = _sources(ct)
         try:

@@ -18,8 +18,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from ..common.display import refuse
 from ..common.files import atomic_path
-from .core import HeadCT, from_lps, raise_first, slice_normal, to_lps
+from .core import HeadCT, from_lps, slice_normal, to_lps
 
 # %% ../../nbs/ct/nifti.ipynb #cdee210c
 LIMIT = 8 * 2**30  # bytes; more is no head CT
@@ -29,11 +30,11 @@ def _content(path: Path) -> bytes:
     "All bytes of a file, decompressed. Raises: OSError; ValueError when it is empty or damaged."
     content = path.read_bytes()
     is_gzip = content[:2] == b"\x1f\x8b"
-    raise_first(path, {
+    refuse({
         "the file is empty; copy it again": not content,
         "named .gz but not gzip, so corrupted or misnamed; copy it again":
             path.name.endswith(".gz") and not is_gzip,
-    })
+    }, path)
     if not is_gzip:
         return content
     try:
@@ -65,7 +66,7 @@ def _shape(header: nib.Nifti1Header, path: Path) -> tuple[int, ...]:
     shape = tuple(dims[1 : dims[0] + 1])
     sizes = " x ".join(map(str, shape))
     offset = float(header["vox_offset"])
-    raise_first(path, {
+    refuse({
         f"not a single-file NIfTI (magic {magic!r}); corrupted, or an .hdr/.img pair: copy it "
         "again or convert it to .nii.gz":
             magic[:3] not in (b"n+1", b"n+2"),
@@ -77,7 +78,7 @@ def _shape(header: nib.Nifti1Header, path: Path) -> tuple[int, ...]:
             math.prod(shape[3:]) > 1,
         f"impossible offset {offset:g} in its header: corrupted; copy it again":
             not (math.isfinite(offset) and offset >= header.sizeof_hdr),
-    })
+    }, path)
     return shape
 
 # %% ../../nbs/ct/nifti.ipynb #b835336e
@@ -88,12 +89,12 @@ def _dtype(header: nib.Nifti1Header, path: Path) -> np.dtype:
     except (nib.spatialimages.HeaderDataError, KeyError) as error:
         code = int(header["datatype"])
         raise ValueError(f"{path}: unknown voxel type {code}: corrupted; copy it again") from error
-    raise_first(path, {
+    refuse({
         "an RGB picture (secondary capture?), not a CT in HU; export the original series":
             dtype.fields is not None,
         f"voxels of type {dtype}; a CT has integers or real numbers: export it again":
             dtype.kind not in "iuf" or dtype.itemsize > 8,
-    })
+    }, path)
     return dtype
 
 # %% ../../nbs/ct/nifti.ipynb #c42483cf
@@ -149,7 +150,7 @@ def _affine(header: nib.Nifti1Header, path: Path) -> np.ndarray:
     mm = " x ".join(f"{x:g}" for x in (lengths if min(pixdim) > 0 else pixdim))
     known = [*pixdim, *lengths]
     unit = header.get_xyzt_units()[0]
-    raise_first(path, {
+    refuse({
         f"spacing of {mm} mm is missing; expected 0.2 to 1.5 mm pixels and slices up to 10 mm "
         "apart: export it again, or say it (--spacing 0.5,0.5,5)":
             not (np.isfinite(known).all() and min(known) > 0),
@@ -159,7 +160,7 @@ def _affine(header: nib.Nifti1Header, path: Path) -> np.ndarray:
         "--spacing":
             not np.isfinite(form).all()
             or abs(np.linalg.det(form[:3, :3])) < 1e-9 * np.prod(lengths),
-    })
+    }, path)
     return form.astype(np.float64)
 
 # %% ../../nbs/ct/nifti.ipynb #f3d40b55

@@ -39,7 +39,7 @@ from ..evaluation.scores import BINS, by_bin, surface_heading
 from . import CAUTION, InputSpec, load_model
 from .scan import ScanOptions
 from ..training.loop import load_network, median_pixel, pretrain, save_network, train
-from ..training.transfer import Strategy, how_to_train, prepare, score_cohort
+from ..training.transfer import Strategy, prepare, score_cohort
 
 # %% ../../nbs/prediction/models.ipynb #e86f6e89
 WEIGHTS = Path(str(files("sahlora"))) / "weights"
@@ -115,7 +115,7 @@ def make_adapter(recipe: Mapping[str, Any], method: str, base: Path, work: Path,
     torch.manual_seed(strategy.seed)
     prepare(net, strategy)
     history = train(net, store, store.rows(target.patients),
-                    how_to_train(strategy, rate, strategy.seed), quiet=quiet, label=strategy.name)
+                    strategy.training_at(rate, strategy.seed), quiet=quiet, label=strategy.name)
     facts = {"strategy": strategy.facts(), "patients": target.patients, "synthetic": True,
              "cohort": dict(recipe["target"]), "made": "sahlora models make",
              "last_dice": round(float(history.dice.tail(20).mean()), 4)}

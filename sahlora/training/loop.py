@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from ..adapters.core import Part
+from ..adapters.core import AdapterModule
 from ..cohorts.cohort import Cohort, scan_size
 from ..cohorts.folds import inner_split
 from ..cohorts.slices import Augmentation, BalancedBatches, SliceStore, augment, open_store
@@ -140,15 +140,15 @@ def set_training_mode(net: nn.Module) -> None:
     "Training mode, except for norms of which nothing is trained: these keep their statistics."
     net.train()
     for norm in _tracking_norms(net):
-        if not isinstance(norm._modules.get("adapter"), Part) and not _is_trained(norm):
+        if not isinstance(norm._modules.get("adapter"), AdapterModule) and not _is_trained(norm):
             norm.eval()
 
 # %% ../../nbs/training/loop.ipynb #045ac790
 def norm_policy(net: nn.Module) -> dict[str, int]:
     "How many norms of a network in training mode follow the batch, keep still, and are trained."
     norms = _tracking_norms(net)
-    follow = sum(norm.training for norm in norms)
-    return {"follow the batch": follow, "keep still": len(norms) - follow,
+    following = sum(norm.training for norm in norms)
+    return {"follow the batch": following, "keep still": len(norms) - following,
             "trained": sum(map(_is_trained, norms))}
 
 # %% ../../nbs/training/loop.ipynb #349b13e8
