@@ -30,7 +30,7 @@ $(READY): settings.ini constraints.txt setup.py pyproject.toml
 check: $(READY)  ## Do notebooks and exported package agree?
 	python tests/check_export.py
 
-test: check test-notebooks  ## Check the export, run the notebooks' cells, run the tests that take seconds.
+test: check test-notebooks  ## Check the export, run the notebooks' cells, run the quick tests.
 	$(PYTEST) -m "not long and not slow"
 
 test-all: check  ## Run the tests that `make test` leaves out (tests/conftest.py), but for slow ones.

@@ -11,11 +11,11 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT / "tests"))
 
 
-LONG = ("test_kill", "test_packaging", "test_paper", "test_report", "test_site")  # begun first, so that no worker waits for them in the end
+LONG = ("test_kill", "test_packaging", "test_paper", "test_report", "test_site")  # all of each; begun first, so that no worker waits in the end
 
 
 def pytest_configure(config):
-    for words in ("long: takes seconds; left out of `make test`, run by `make test-all`",
+    for words in ("long: takes more than two seconds of a core; left out of `make test`, run by `make test-all`",
                   "many: cases that differ in a value; `make test` runs one in eight, `make test-all` the others",
                   "slow: takes minutes, or needs a server; run by `make test-slow` alone"):
         config.addinivalue_line("markers", words)

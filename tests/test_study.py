@@ -14,6 +14,7 @@ from sahlora.common.style import run_record
 from sahlora.report.results import rate_table, strategy_table
 from sahlora.study.experiment import check_parameters, code_hash, load_extensions, make_cohort, reached
 from sahlora.study.schema import expand_runs, network_of, read_study, strategy_of
+from sahlora.unet import NETWORKS, Unet
 
 
 @pytest.fixture
@@ -227,6 +228,26 @@ def test_a_stage_reaches_what_decides_its_result_and_nothing_else(project):
     ):
         assert {f"sahlora.{name}" for name in wanted} <= modules[stage], stage
         assert not {f"sahlora.{name}" for name in alien} & modules[stage], stage
+
+
+class OwnRegions(Unet):
+    "A network whose regions have names of their own."
+
+    def __init__(self, levels=2, width=4):
+        super().__init__(levels=levels, width=width)
+        self.config = {"name": "own-regions", "levels": levels, "width": width}
+        self.regions = {"front": self.regions["encoding"], "back": self.regions["decoding"]}
+
+
+def test_strategies_of_the_whole_network_ask_for_no_region(write, monkeypatch):
+    monkeypatch.setitem(NETWORKS, "own-regions", OwnRegions)
+    write("network", {"name": "own-regions"})
+    rows = [{"method": "none"}, {"method": "norm-stats"}, {"method": "scratch"}, {"method": "fine-tuning", "regions": ["back"]}]
+    study = read_study(write("runs", rows))
+    assert [run["run"].strategy.name for run in expand_runs(study)] == ["none", "norm-stats", "scratch", "fine-tuning-back"]
+    for row in ({"method": "fine-tuning"}, {"method": "decoding"}):
+        with pytest.raises(ValueError, match="region.*'decoding' is unknown"):
+            read_study(write("runs", [row]))
 
 
 MINE = """from sahlora.evaluation.claims import Claim, Rule, register_claim

@@ -98,7 +98,8 @@ def make_network(recipe: Mapping[str, Any], work: Path, out: Path, quiet: bool =
     net, header = load_network(work / "base" / "model.safetensors")
     path = out / f"{NETWORK}.safetensors"
     save_network(path, net, patients=source.patients, voxels=header["voxels"],
-                 input={"window": list(BRAIN_WINDOW), "pixel_mm": median_pixel(source), "resample": True},
+                 input={"window": list(BRAIN_WINDOW), "pixel_mm": median_pixel(source),
+                        "resample": True},
                  training=header["training"], synthetic=True, cohort=dict(recipe["source"]),
                  made="sahlora models make")
     return path

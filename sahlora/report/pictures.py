@@ -23,7 +23,8 @@ from matplotlib.patches import FancyBboxPatch, Patch
 from torch import Tensor, nn
 
 from ..common.display import plain_text
-from ..common.style import MASK, PAGE, PREDICTION, finish, label, style_of, empty_figure, styled
+from ..common.style import (MASK, PAGE, PREDICTION, empty_figure, finish, label, style_of,
+                                  styled)
 from ..unet import MultiViewUnet, Unet, region_parameters
 
 # %% ../../nbs/report/pictures.ipynb #1c83d5f4
